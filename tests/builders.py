@@ -84,12 +84,12 @@ def round_step(
 
 def off_step(rows: int = 2, **overrides: Any) -> StepRecord:
     """A round of plain decoding: one token per row, nothing drafted."""
-    return round_step((0,) * rows, config="off", **overrides)
+    return round_step((0,) * rows, **{"config": "off", "draft_s": 0.0, **overrides})
 
 
 def prefill_step(rows: int = 2, **overrides: Any) -> StepRecord:
     """The prefill that starts a turn; it emits the first token of every row."""
-    return off_step(rows, **{"index": 0, "kind": "prefill", "context_tokens": 0, "draft_s": 0.0, **overrides})
+    return off_step(rows, **{"index": 0, "kind": "prefill", "context_tokens": 0, **overrides})
 
 
 def run_of(*steps: StepRecord, interrupted: bool = False, **overrides: Any) -> Run:
