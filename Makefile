@@ -1,0 +1,51 @@
+# `make help` lists the targets. Everything is set up in ./.venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lab test check bench notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "specdec_lab needs Python 3.11 or newer; \
+	$(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing specdec_lab and what it needs into $(VENV) (a few minutes the first time)"
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing specdec_lab with its test tools into $(VENV) (a few minutes the first time)"
+	$(PIP_INSTALL) --editable ".[test,e2e,notebook,report,check]"
+	@touch $@ $(VENV)/.base
+
+setup: $(VENV)/.dev  ## install everything, tools for tests and notebooks included
+
+demo: $(VENV)/.base  ## the main job on this machine: profile, tune, write a policy, say what it means
+	$(BIN)/specdec-lab demo
+
+lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+test: $(VENV)/.dev  ## run all tests, notebooks and browser included
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+check: $(VENV)/.dev  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## side-by-side speed; refuses to print one when outputs differ
+	$(BIN)/specdec-lab bench overhead
+
+notebooks: $(VENV)/.dev  ## run the notebooks again and store their outputs
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

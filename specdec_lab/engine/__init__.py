@@ -1,0 +1,1 @@
+"""The instrumented speculative engine: draft, verify, commit, and a StepRecord for every round."""

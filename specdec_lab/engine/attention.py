@@ -1,0 +1,258 @@
+"""The seam to hardware: what one forward reads (`Reads`), and the back ends that attend to it.
+
+A back end plans once per forward (masks, indices: shared by all layers) and attends once per layer. `reference` says what
+is meant, in float64; `sdpa` always works. `pick` never falls back in silence: it returns the winner together with why the
+others were passed over. Not known here: models, drafting, acceptance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..records import KvView
+from .cache import KvCache
+
+
+class BackendUnavailable(RuntimeError):
+    """A back end asked for by name cannot do what is needed; the message says why and what to use instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a run will ask of a back end."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    group: int  # query heads per KV head
+    max_queries: int = 64
+    tree: bool = False
+    window: bool = True
+    index_list: bool = False
+    sliding: bool = False
+    softcap: bool = False
+    sink_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Which slots the queries of one forward may read.
+
+    A row's slots are its committed prefix, then the *corner*: nodes appended in this round at committed + node.
+    committed     [B] tokens of the prefix
+    corner        [T, C] bool: which corner node each query sees, itself included
+    node_depths   [C] distance of each corner node from the root; its position is committed + depth
+    query_nodes   [T] which corner node each query is
+    view          what of prefix and corner is visible at all: a key at position p is seen from position q iff
+                  p < sink or q - p < recent (a window), always (full)
+    longest       max(committed) + C, a host integer; uniform: all rows have equal committed length
+    """
+
+    committed: Tensor
+    corner: Tensor
+    node_depths: Tensor
+    query_nodes: Tensor
+    view: KvView
+    longest: int
+    uniform: bool
+
+    @property
+    def num_queries(self) -> int:
+        """T, queries per row."""
+        return self.corner.shape[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions of the queries, [B, T]."""
+        return self.committed[:, None] + self.node_depths[self.query_nodes]
+
+    @property
+    def slots(self) -> Tensor:
+        """Cache slots of the queries, [B, T]."""
+        return self.committed[:, None] + self.query_nodes
+
+    @property
+    def is_causal_prefill(self) -> bool:
+        """Whether this is plain causal attention over an empty prefix."""
+        return self.longest == self.corner.shape[1] == self.num_queries and self.view.kind == "full"
+
+    def visible(self, keys: Tensor, sliding: int | None = None) -> Tensor:
+        """Which of the slots keys [B or 1, N] each query may read: bool [B or 1, T, N]. This is the definition.
+
+        sliding  window of a model's own sliding-window layers, in tokens, or None
+        """
+        num_nodes = self.corner.shape[1]
+        node = keys - self.committed[: keys.shape[0], None] if keys.shape[0] == 1 and self.uniform else (
+            keys - self.committed[:, None]
+        )  # [B, N], negative in the prefix
+        inside = node.clamp(0, num_nodes - 1)
+        seen = (node < 0)[:, None, :] | ((node >= 0) & (node < num_nodes))[:, None, :] & self.corner[:, inside].transpose(0, 1)
+        depth = torch.where(node < 0, node, self.node_depths[inside])  # distance from the root, prefix negative
+        distance = self.node_depths[self.query_nodes][None, :, None] - depth[:, None, :]
+        if self.view.kind == "window":
+            position = self.committed[: depth.shape[0], None] + depth
+            seen = seen & ((distance < self.view.recent) | (position < self.view.sink)[:, None, :])
+        if sliding is not None:
+            seen = seen & (distance < sliding)
+        return seen
+
+
+def chain_reads(committed: Tensor, length: int, view: KvView, longest_committed: int, uniform: bool) -> Reads:
+    """Reads of `length` tokens appended in causal order: a verify of a chain, or a chunk of a prompt."""
+    device = committed.device
+    order = torch.arange(length, device=device)
+    return Reads(
+        committed, order[:, None] >= order[None, :], order, order, view, longest_committed + length, uniform
+    )
+
+
+def draft_step_reads(committed: Tensor, step: int, view: KvView, longest_committed: int, uniform: bool) -> Reads:
+    """Reads of the draft token at depth `step` of a chain, which attends to its `step` predecessors too."""
+    device = committed.device
+    order = torch.arange(step + 1, device=device)
+    corner = torch.ones(1, step + 1, dtype=torch.bool, device=device)
+    return Reads(committed, corner, order, order[-1:], view, longest_committed + step + 1, uniform)
+
+
+class AttentionBackend(Protocol):
+    """What a back end must offer; `attend` may be called once per layer with one plan."""
+
+    name: str
+
+    def why_not(self, need: Need) -> str | None:
+        """None if this back end can, else one plain sentence."""
+
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> Any:
+        """Everything about `reads` that does not depend on the layer."""
+
+    def attend(self, q: Tensor, cache: KvCache, layer: int, plan: Any, scale: float) -> Tensor:
+        """q [B, T, Hq, D] -> [B, T, Hq, D]: softmax over exactly the visible keys of the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DensePlan:
+    """Slots to read, [B, N] or None for the first `longest` ones, and which query sees which."""
+
+    slots: Tensor | None
+    longest: int
+    mask: Tensor | None  # [B or 1, 1, T*G or T, N], additive for sdpa, bool for the reference
+    causal: bool = False
+
+
+class ReferenceBackend:
+    """The meaning: float64, dense, masked loads. For tests and for reading; slow."""
+
+    name = "reference"
+
+    def why_not(self, need: Need) -> str | None:
+        if need.softcap or need.sink_logits:
+            return "reference does not implement logit soft-capping or sink logits"
+        return "reference attends through index lists only in a later version" if need.index_list else None
+
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> DensePlan:
+        slots = torch.arange(reads.longest, device=reads.committed.device)[None].expand(reads.committed.shape[0], -1)
+        return DensePlan(None, reads.longest, reads.visible(slots, sliding)[:, None])
+
+    def attend(self, q: Tensor, cache: KvCache, layer: int, plan: DensePlan, scale: float) -> Tensor:
+        k, v = (part[:, :, : plan.longest].double() for part in cache.layer(layer))  # [B, H, N, D]
+        assert plan.mask is not None
+        read = plan.mask.any(-2)[..., None]  # [B, 1, N, 1]: a slot nobody sees may hold NaN
+        k, v = torch.where(read, k, 0.0), torch.where(read, v, 0.0)
+        group = q.shape[2] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale
+        out: Tensor = scores.masked_fill(~plan.mask, -torch.inf).softmax(-1) @ v
+        return out.transpose(1, 2).to(q.dtype)
+
+
+class SdpaBackend:
+    """torch's scaled_dot_product_attention. Query heads of a KV head are folded into rows; windows are gathered.
+
+    Masks scores, not loads: slots must hold finite numbers (KvCache starts with zeros).
+    """
+
+    name = "sdpa"
+
+    def why_not(self, need: Need) -> str | None:
+        if need.softcap or need.sink_logits:
+            return "sdpa has no logit soft-capping and no sink logits"
+        return "sdpa does not read index lists (SnapKV)" if need.index_list else None
+
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> DensePlan:
+        if reads.is_causal_prefill and sliding is None:
+            return DensePlan(None, reads.longest, None, causal=True)
+        dtype = cache.kv.dtype
+        width = (reads.view.max_tokens or 0) + reads.corner.shape[1]
+        if reads.view.kind == "window" and width < reads.longest:
+            slots, valid = self._window_slots(reads, width)
+            return DensePlan(slots, reads.longest, _additive(reads.visible(slots, sliding) & valid[:, None], group, dtype))
+        rows = 1 if reads.uniform else reads.committed.shape[0]
+        keys = torch.arange(reads.longest, device=reads.committed.device)[None].expand(rows, -1)
+        if reads.uniform and reads.corner.shape[1] == 1 and reads.view.kind == "full" and sliding is None:
+            return DensePlan(None, reads.longest, None)  # plain decoding: one query sees everything
+        return DensePlan(None, reads.longest, _additive(reads.visible(keys, sliding), group, dtype))
+
+    @staticmethod
+    def _window_slots(reads: Reads, width: int) -> tuple[Tensor, Tensor]:
+        """Sinks, then the last slots up to the corner's end: [B, width] without repeats, and which entries are real."""
+        sink = reads.view.sink
+        end = reads.committed[:, None] + reads.corner.shape[1]
+        order = torch.arange(width, device=end.device)[None]
+        recent = end - width + order  # the tail entries line up with the end of the corner
+        slots = torch.where(order < sink, order, recent)
+        valid = (order < sink) & (order < end) | (order >= sink) & (recent >= sink)
+        return slots.clamp(min=0), valid
+
+    def attend(self, q: Tensor, cache: KvCache, layer: int, plan: DensePlan, scale: float) -> Tensor:
+        if plan.slots is not None:
+            k, v = cache.gather(layer, plan.slots)
+        else:
+            k, v = (part[:, :, : plan.longest] for part in cache.layer(layer))
+        batch, queries, heads, dim = q.shape
+        group = heads // k.shape[1]
+        if plan.causal:
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=group > 1
+            )
+            return out.transpose(1, 2)
+        # [B, T, Hkv, G, D] -> [B, Hkv, G*T, D]: a KV row is read once for all its query heads
+        folded = q.view(batch, queries, heads // group, group, dim).permute(0, 2, 3, 1, 4)
+        folded = folded.reshape(batch, heads // group, group * queries, dim)
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=plan.mask, scale=scale)
+        return out.view(batch, heads // group, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _additive(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """bool [B, T, N] -> 0 or -inf, [B, 1, G*T, N]."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return mask.repeat(1, group, 1)[:, None] if group > 1 else mask[:, None]
+
+
+BACKENDS: dict[str, AttentionBackend] = {"reference": ReferenceBackend(), "sdpa": SdpaBackend()}
+AUTOMATIC = {"cpu": ("sdpa",), "cuda": ("sdpa",)}  # in order of preference
+
+
+def pick(name: str, need: Need) -> tuple[AttentionBackend, dict[str, str]]:
+    """The back end for `need`, and why each preferred one before it was passed over.
+
+    A back end asked for by name that cannot raises BackendUnavailable.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise BackendUnavailable(f"there is no back end {name!r}; known: auto, {', '.join(BACKENDS)}")
+        reason = BACKENDS[name].why_not(need)
+        if reason is not None:
+            raise BackendUnavailable(f"{reason}. Use backend='auto'.")
+        return BACKENDS[name], {}
+    refused: dict[str, str] = {}
+    for candidate in AUTOMATIC.get(need.device, ("sdpa",)):
+        reason = BACKENDS[candidate].why_not(need)
+        if reason is None:
+            return BACKENDS[candidate], refused
+        refused[candidate] = reason
+    raise BackendUnavailable("no attention back end can run this: " + "; ".join(refused.values()))

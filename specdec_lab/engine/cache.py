@@ -1,0 +1,94 @@
+"""The KV cache of one model: one tensor, per-row committed lengths, append beyond them, commit and roll back.
+
+Slots at and beyond a row's committed length may hold garbage: drafts, padding, rejected tokens. Nothing reads them except
+the forward that wrote them. The last slot is scratch for padding tokens. Not known here: who attends to what.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SLOT_MULTIPLE = 256
+
+
+class CacheTooLarge(MemoryError):
+    """The KV cache does not fit; raised before allocation, with the bytes."""
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, or None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def cache_bytes(layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, element_bytes: int) -> int:
+    """Bytes of the KV tensor."""
+    return 2 * layers * batch * kv_heads * slots * head_dim * element_bytes
+
+
+class KvCache:
+    """kv [layers, 2, batch, kv_heads, slots, head_dim]; committed [batch] int64, tokens whose KV is final."""
+
+    def __init__(
+        self, layers: int, batch: int, kv_heads: int, max_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        slots = -(-(max_tokens + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        needed = cache_bytes(layers, batch, kv_heads, slots, head_dim, dtype.itemsize)
+        free = available_bytes(device)
+        if free is not None and needed > free:
+            raise CacheTooLarge(
+                f"the KV cache of {batch} sequences x {max_tokens} tokens needs {needed:,} bytes; {free:,} are free on "
+                f"{device}. Use a smaller batch or length: about {max(int(batch * free / needed), 0)} sequences of this length fit."
+            )
+        # zeros, not empty: back ends that mask scores but not loads would turn a stray NaN into NaN output
+        self.kv = torch.zeros(layers, 2, batch, kv_heads, slots, head_dim, dtype=dtype, device=device)
+        self.committed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.batch, self.kv_heads, self.slots, self.head_dim = batch, kv_heads, slots, head_dim
+        rows = torch.arange(2 * batch * kv_heads, device=device) * slots
+        self._row_starts = rows.view(2, batch, kv_heads, 1)
+        self._flat = self.kv.view(layers, -1, head_dim)
+
+    @property
+    def scratch_slot(self) -> int:
+        """Where padding tokens write; never read."""
+        return self.slots - 1
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.slots - 1
+
+    def write_index(self, slots: Tensor) -> Tensor:
+        """Flat row numbers for `append`: slots [B, T] -> [2 * B * Hkv * T]. Built once per forward, used by every layer."""
+        return (self._row_starts + slots[:, None, :]).reshape(-1)
+
+    def append(self, layer: int, kv: Tensor, index: Tensor) -> None:
+        """Write kv [2, B, Hkv, T, D] of one layer at `index` (from write_index)."""
+        self._flat[layer].index_copy_(0, index, kv.reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of K and V at slots [B, N], each [B, Hkv, N, D]."""
+        index = (self._row_starts + slots[:, None, :]).reshape(-1)
+        both = self._flat[layer].index_select(0, index).view(2, self.batch, self.kv_heads, -1, self.head_dim)
+        return both[0], both[1]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, each a view [B, Hkv, slots, D]."""
+        return self.kv[layer, 0], self.kv[layer, 1]
+
+    def commit(self, counts: Tensor) -> None:
+        """Declare counts [B] more tokens final."""
+        self.committed = self.committed + counts
+
+    def rollback(self, lengths: Tensor) -> None:
+        """Forget everything beyond lengths [B]."""
+        self.committed = lengths.clone()

@@ -1,0 +1,195 @@
+"""Who proposes: `self` (the target through a KV view), `model` (a second network), `ngram` (the text itself).
+
+A drafter reads the batch and returns a Proposal. Drafted K/V go beyond the committed length and are overwritten by verify
+or forgotten. Not known here: acceptance, records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..records import SpecConfig
+from .attention import AttentionBackend, chain_reads, draft_step_reads
+from .batch import Batch, keys_read, read_committed
+from .cache import KvCache
+from .clocks import Clock, Phase
+from .models.runner import Runner
+from .verify import Proposal, choose_draft
+
+NGRAM_SIZES = (4, 3, 2)  # longest match first
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCost:
+    """What a proposal read, exactly: draft forwards [(query tokens per row, keys read over all rows)]."""
+
+    forwards: tuple[tuple[int, int], ...] = ()
+
+
+class Drafter(Protocol):
+    """Proposes a chain per row. Drafted K/V and text beyond the committed length are never read."""
+
+    def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
+        """At most config.tree.depth tokens per row."""
+
+
+def _draft_chain(
+    runner: Runner, cache: KvCache, backend: AttentionBackend, batch: Batch, config: SpecConfig, clock: Clock, lag: int = 0
+) -> tuple[Proposal, DraftCost]:
+    """Draft token by token, each step attending through the view.
+
+    The cache holds everything before the root but the last `lag` (0 or 1) tokens, which the first step takes in with it.
+    """
+    assert config.view is not None
+    committed, tokens, laws, cost = cache.committed, [], [], []
+    host_committed = [length - 1 for length in batch.host_lengths]
+    fed = batch.ids.gather(1, batch.lengths[:, None] - 1 - lag + torch.arange(lag + 1, device=committed.device))
+    reads = chain_reads(committed - lag, lag + 1, config.view, batch.longest_committed - lag, batch.uniform)
+    for step in range(config.depth):
+        if step:
+            reads = draft_step_reads(committed, step, config.view, batch.longest_committed, batch.uniform)
+        width = fed.shape[1]
+        clock.forward(Phase.DRAFT_LINEAR, Phase.DRAFT_ATTENTION)
+        logits = runner.forward(fed, reads, cache, backend, clock, torch.tensor([width - 1], device=committed.device))
+        clock.enter(Phase.DRAFT_OTHER)
+        token, law = choose_draft(logits[:, 0], committed + step + 1, batch.processor, batch.verifier, batch.noise)
+        tokens.append(token)
+        if law is not None:
+            laws.append(law)
+        cost.append((width, keys_read(host_committed, step + 1, width, config.view)))
+        fed = token[:, None]
+    counts = torch.full_like(committed, config.depth)
+    proposal = Proposal(torch.stack(tokens, 1), counts, torch.stack(laws, 1) if laws else None)
+    return proposal, DraftCost(tuple(cost))
+
+
+@dataclass(slots=True)
+class SelfDrafter:
+    """The target itself, reading its own KV through a view: no second cache, no copy (MagicDec 2024, our design)."""
+
+    runner: Runner
+    cache: KvCache
+    backend: AttentionBackend
+
+    def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
+        """See Drafter.propose."""
+        clock.enter(Phase.DRAFT_OTHER)
+        return _draft_chain(self.runner, self.cache, self.backend, batch, config, clock)
+
+
+@dataclass(slots=True)
+class ModelDrafter:
+    """A second, smaller network with its own cache of the same slots."""
+
+    runner: Runner
+    cache: KvCache
+    backend: AttentionBackend
+    _known: list[int] = field(default_factory=list)  # committed draft KV per row, on the host
+
+    def __post_init__(self) -> None:
+        self._known = [0] * self.cache.batch
+
+    def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
+        """See Drafter.propose. First takes in what was committed since the last call."""
+        clock.enter(Phase.DRAFT_OTHER)
+        # after a fully accepted round the last drafted token is missing: it travels with the root
+        lag = self.lag(batch) if min(batch.host_lengths) > 1 else 0
+        caught_up = self.catch_up(batch, config, clock) if lag != 1 else DraftCost()
+        self.cache.committed = batch.lengths - 1
+        proposal, cost = _draft_chain(self.runner, self.cache, self.backend, batch, config, clock, int(lag == 1))
+        # verify may accept what was drafted: its KV (all but the last draft's) is then already here
+        self._known = [length - 1 + config.depth for length in batch.host_lengths]
+        return proposal, DraftCost(caught_up.forwards + cost.forwards)
+
+    def rewind(self, batch: Batch) -> None:
+        """Forget KV beyond each row's committed length. The loop calls this after every round and every rewind."""
+        self._known = [min(k, n - 1) for k, n in zip(self._known, batch.host_lengths, strict=True)]
+
+    def lag(self, batch: Batch) -> int:
+        """Most committed tokens of a row that this model has not read yet."""
+        return max(n - 1 - k for n, k in zip(batch.host_lengths, self._known, strict=True))
+
+    def catch_up(self, batch: Batch, config: SpecConfig, clock: Clock) -> DraftCost:
+        """Read committed tokens up to the root."""
+        assert config.view is not None
+        self._known, forwards = read_committed(
+            self.runner, self.cache, self.backend, batch, self._known, config.view, clock,
+            (Phase.DRAFT_LINEAR, Phase.DRAFT_ATTENTION),
+        )
+        clock.enter(Phase.DRAFT_OTHER)
+        return DraftCost(forwards)
+
+
+@dataclass(slots=True)
+class _IndexedText:
+    """One row's text with, for each n-gram, where its latest continuation starts. Grows and rewinds token by token."""
+
+    tokens: list[int] = field(default_factory=list)
+    starts: dict[tuple[int, ...], int] = field(default_factory=dict)
+    undo: list[list[tuple[tuple[int, ...], int | None]]] = field(default_factory=list)
+
+    def extend(self, tokens: list[int], sizes: tuple[int, ...]) -> None:
+        for token in tokens:
+            end = len(self.tokens)
+            grams = [tuple(self.tokens[-size:]) for size in sizes if end >= size]
+            self.undo.append([(gram, self.starts.get(gram)) for gram in grams])
+            self.starts.update(dict.fromkeys(grams, end))
+            self.tokens.append(token)
+
+    def rewind(self, length: int) -> None:
+        while len(self.tokens) > length:
+            self.tokens.pop()
+            for gram, previous in reversed(self.undo.pop()):
+                if previous is None:
+                    del self.starts[gram]
+                else:
+                    self.starts[gram] = previous
+
+    def continuation(self, depth: int, sizes: tuple[int, ...]) -> list[int]:
+        """What followed the latest match of the longest matching tail; a match that reaches the end repeats its period."""
+        end = len(self.tokens)
+        for size in sizes:
+            start = self.starts.get(tuple(self.tokens[-size:])) if end >= size else None
+            if start is not None:
+                return [self.tokens[start + i % (end - start)] for i in range(depth)]
+        return []
+
+
+@dataclass(slots=True)
+class NgramDrafter:
+    """What followed the latest earlier occurrence of the last tokens. Costs no forward; a row without a match drafts nothing.
+
+    The index grows by a few dictionary entries per token, never with the text already read.
+    """
+
+    sizes: tuple[int, ...] = NGRAM_SIZES
+    _rows: list[_IndexedText] = field(default_factory=list)
+
+    def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
+        """See Drafter.propose."""
+        clock.enter(Phase.DRAFT_OTHER)
+        self.read(batch)
+        drafts = [
+            row.continuation(config.depth, self.sizes) if live else []
+            for row, live in zip(self._rows, batch.host_live, strict=True)
+        ]
+        width, device = max(map(len, drafts)), batch.ids.device
+        padded = torch.tensor([d + [0] * (width - len(d)) for d in drafts], dtype=torch.int64, device=device)
+        counts = torch.tensor([len(d) for d in drafts], dtype=torch.int64, device=device)
+        return Proposal(padded.view(len(drafts), width), counts), DraftCost()
+
+    def read(self, batch: Batch) -> None:
+        """Take in tokens emitted since the last call."""
+        if not self._rows:
+            self._rows = [_IndexedText() for _ in batch.host_lengths]
+        for number, (row, length) in enumerate(zip(self._rows, batch.host_lengths, strict=True)):
+            if len(row.tokens) < length:
+                row.extend(batch.ids[number, len(row.tokens) : length].tolist(), self.sizes)
+
+    def rewind(self, batch: Batch) -> None:
+        """Forget tokens beyond each row's length."""
+        for row, length in zip(self._rows, batch.host_lengths, strict=False):
+            row.rewind(length)

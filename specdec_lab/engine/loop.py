@@ -1,0 +1,242 @@
+"""Engine: a loaded pair and an attention back end, turning workloads into streams of StepRecord.
+
+`Engine.steps` is the loop: per turn read the prompt, then draft, verify and commit until every row is done. Reading it is
+reading the architecture; what a round does is in session.py. Not known here: views, tuner, magics.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__, machine
+from ..records import Cell, Identity, Run, RunHeader, SpecConfig, StepRecord, Summary
+from ..stream import Stream, record
+from ..summary import summarize
+from ..workload import Workload
+from .attention import pick
+from .calibrate import calibrate
+from .clocks import Clock, CoarseClock, PhaseClock
+from .models.loading import ModelPair
+from .models.runner import Runner
+from .session import Session
+
+Choose = Callable[[int, float], SpecConfig | str]
+MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
+
+
+class PromptTooLong(ValueError):
+    """A prompt, or a prompt with its reply, exceeds what the model's positions allow."""
+
+
+class Chooses(Protocol):
+    """A policy, as the engine sees it."""
+
+    def chooser(self, identity: Identity) -> Choose:
+        """A function from (live rows, mean length) to a configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What generate returns: new tokens (and text, with a tokenizer) per prompt, the run behind them, its summary."""
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    run: Run
+    summary: Summary
+
+
+class Engine:
+    """Speculative decoding of a ModelPair, instrumented.
+
+    backend     "auto" or a name; the winner and the reasons against the others go into every run header
+    instrument  False measures whole rounds only (to see what the instrumentation costs)
+    clock       injected in tests
+    """
+
+    def __init__(
+        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None
+    ) -> None:
+        self.pair, self.instrument = pair, instrument
+        self.backend, self.refused = pick(backend, pair.target.need())
+        self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
+        self._clock = clock
+        self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
+
+    def __repr__(self) -> str:
+        return f"Engine({self.pair!r}, backend={self.backend.name!r})"
+
+    def steps(self, workload: Workload, choose: Any) -> Stream:
+        """The run of a workload as a stream: a "prefill" record per turn that reads text, then a record per round.
+
+        choose  a spelling, a SpecConfig, a policy, or a function (live rows, mean length) -> configuration
+        """
+        return self.open(workload).steps(choose)
+
+    def open(self, workload: Workload) -> OpenSession:
+        """A session whose prompts stay in the cache, to run several configurations from the same point."""
+        self._check(workload)
+        clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
+        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings)
+        return OpenSession(self, session, workload, clock)
+
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], config: Any = "off", *, max_new_tokens: int = 64,
+        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, verifier: str = "rejection",
+        stop_at_eos: bool = True,
+    ) -> Output:
+        """Continue prompts (texts or token lists, of any lengths) and return tokens, run and summary.
+
+        temperature  0 is greedy: every configuration gives the tokens of plain decoding
+        verifier     "rejection" (the target's law, best acceptance) or "coupled" (plain sampling's own tokens)
+        """
+        workload = Workload(
+            "user", tuple(self._encode(p) for p in prompts), max_new_tokens, temperature=temperature, top_p=top_p,
+            top_k=top_k, seed=seed, verifier=verifier, stop_at_eos=stop_at_eos,
+        )
+        run = record(self.steps(workload, config))
+        tokens = run.tokens()
+        texts = [self.pair.tokenizer.decode(t) for t in tokens] if self.pair.tokenizer else None
+        return Output(tokens, texts, run, summarize(run))
+
+    def identity(self) -> Identity:
+        """What a measurement on this engine depends on: the key of tuning records and policies."""
+        target, threads = self.pair.target, torch.get_num_threads()
+        cuda = torch.cuda.get_device_name() if target.device.type == "cuda" else None
+        device = machine.device_name(cuda, threads)
+        base = {
+            "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype), "runner": target.kind,
+            "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
+        }
+        drafters: dict[str, dict[str, Any]] = {
+            "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
+        }
+        if self.pair.draft:
+            drafters["model"] = {"kind": "model", "draft": self.pair.draft.fingerprint, "dtype": str(self.pair.draft.dtype)}
+        return Identity(device, base, drafters, {"torch": torch.__version__})
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(int(t) for t in prompt)
+        if self.pair.tokenizer is None:
+            raise ValueError("this model was loaded without a tokenizer: give prompts as lists of token ids")
+        return tuple(self.pair.tokenizer.encode(prompt))
+
+    def _check(self, workload: Workload) -> None:
+        limit, vocab = self.pair.target.max_length, self.pair.target.shape.vocab
+        for row, prompt in enumerate(workload.prompts):
+            if len(prompt) > limit:
+                raise PromptTooLong(f"prompt {row} has {len(prompt)} tokens; {self.pair.target.name} has {limit} positions. Shorten it.")
+            if max(prompt) >= vocab or min(prompt) < 0:
+                raise ValueError(f"prompt {row} holds token id {max(prompt)}; {self.pair.target.name} knows ids 0 to {vocab - 1}")
+        if workload.max_tokens > limit + MAX_OVERRUN_TOKENS:
+            raise PromptTooLong(
+                f"prompt and reply need {workload.max_tokens} tokens; {self.pair.target.name} was made for {limit}, and at most "
+                f"{MAX_OVERRUN_TOKENS} beyond them are allowed. Ask for fewer new tokens."
+            )
+
+    def _labels(self, workload: Workload) -> tuple[str, ...]:
+        """What a reader of the numbers must know."""
+        labels = list(workload.labels)
+        shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
+        kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.dtype.itemsize)
+        if self.pair.target.device.type == "cpu" and cache and kv < cache:
+            labels.append("KV fits in cache")
+        if workload.max_tokens > self.pair.target.max_length:
+            labels.append("beyond trained length")
+        return tuple(labels)
+
+    def header(self, workload: Workload, choose: Any, block: int | None = None) -> RunHeader:
+        """Everything that a number of a run needs to be believed."""
+        device = self.pair.target.device
+        return RunHeader(
+            run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
+            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target),
+            draft=_facts(self.pair.draft) if self.pair.draft else None, backend=self.backend.name, refused=self.refused,
+            machine={**machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(), "torch_device": str(device)},
+            versions={"specdec_lab": __version__, **machine.versions()}, commit=machine.commit(), seed=workload.seed,
+            temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
+            ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
+            labels=self._labels(workload), block=block,
+        )
+
+
+class OpenSession:
+    """A workload whose prompts are (once first used) in the cache; run any number of configurations from there."""
+
+    def __init__(self, engine: Engine, session: Session, workload: Workload, clock: Clock) -> None:
+        self._engine, self._session, self._workload, self._clock = engine, session, workload, clock
+        self._used = False
+
+    def steps(self, choose: Any, *, block: int | None = None) -> Stream:
+        """A stream from the end of the prompts, which are read only once. Streams of one session run one after another."""
+        header = self._engine.header(self._workload, choose, block)
+        chooser, fixed = _chooser(choose, self._engine.identity())
+        if fixed is not None:
+            self._session.check(fixed)
+        return Stream(header, self._run(chooser, fixed))
+
+    def _run(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
+        session, clock = self._session, self._clock
+        observe = getattr(chooser, "observe", None)
+        if self._used:
+            session.rewind()
+        self._used = True
+        clock.lap()
+        clock.resume()
+        for _ in session.turns():
+            prefilled = session.prefill(fixed)
+            if prefilled is not None:
+                yield from _paused(clock, prefilled)
+            while session.live:
+                config = fixed or _parse(chooser(session.live, session.mean_length))
+                if fixed is None:
+                    session.check(config)
+                step = session.round(config)
+                if observe is not None:
+                    observe(step)
+                yield from _paused(clock, step)
+
+
+def _paused(clock: Clock, step: StepRecord) -> Iterator[StepRecord]:
+    """Hand a record out; the time until the consumer asks for the next belongs to nobody."""
+    clock.pause()
+    yield step
+    clock.resume()
+
+
+def _parse(config: SpecConfig | str) -> SpecConfig:
+    return config if isinstance(config, SpecConfig) else SpecConfig.parse(config)
+
+
+def _chooser(choose: Any, identity: Identity) -> tuple[Choose, SpecConfig | None]:
+    """A function (live rows, mean length) -> configuration, and the configuration if it is one for the whole run."""
+    if isinstance(choose, str | SpecConfig):
+        fixed = _parse(choose)
+        return (lambda _batch, _length: fixed), fixed
+    if hasattr(choose, "chooser"):
+        return choose.chooser(identity), None
+    if callable(choose):
+        return choose, None
+    raise TypeError(f"config must be a spelling such as 'self:4+60/chain3', a SpecConfig, a Policy or a function, got {choose!r}")
+
+
+def _spelling(choose: Any) -> str:
+    if isinstance(choose, str | SpecConfig):
+        return str(_parse(choose))
+    return "policy" if hasattr(choose, "chooser") else "function"
+
+
+def _facts(runner: Runner) -> dict[str, Any]:
+    element = runner.dtype.itemsize
+    return {
+        "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind, "dtype": str(runner.dtype).removeprefix("torch."),
+        "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(element),
+        "kv_bytes_per_token": runner.shape.kv_bytes_per_token(element), "max_length": runner.max_length,
+    }

@@ -1,0 +1,137 @@
+"""HFRunner: any transformers causal LM over our cache, through its attention interface. Breadth, and the oracle.
+
+The model's own cache and masks are not used: tokens travel packed as one sequence with explicit positions, and the attention
+function registered here writes K/V into our cache and reads it back through a back end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...costs import ModelShape
+from ..attention import AttentionBackend, Need, Reads
+from ..cache import KvCache
+from ..clocks import Clock
+from .runner import weights_fingerprint, write_slots
+
+INTERFACE = "specdec_lab"
+
+
+class ModelRefused(ValueError):
+    """A transformers model that cannot run over our cache; the message says why."""
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What one forward hands to every attention layer."""
+
+    reads: Reads
+    cache: KvCache
+    backend: AttentionBackend
+    clock: Clock
+    index: Tensor
+    plans: dict[int | None, Any] = field(default_factory=dict)  # sliding window -> plan
+
+    def plan(self, group: int, sliding: int | None) -> Any:
+        """The plan of the back end, made once per forward and kind of layer."""
+        if sliding not in self.plans:
+            self.plans[sliding] = self.backend.plan(self.reads, self.cache, group, sliding)
+        return self.plans[sliding]
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
+    sd_ctx: ForwardContext | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, Hq, B*T, D], key and value [1, Hkv, B*T, D] after rotary embedding -> ([1, B*T, Hq, D], None)."""
+    if sd_ctx is None:
+        raise ModelRefused(
+            "this model is loaded in a specdec_lab engine; to call it directly, first restore its attention with "
+            "model.set_attn_implementation('sdpa')"
+        )
+    if softcap is not None or s_aux is not None:
+        raise ModelRefused("this model uses logit soft-capping or sink logits, which no CPU back end here implements")
+    ctx, batch = sd_ctx, sd_ctx.cache.batch
+    queries = query.shape[2] // batch
+    kv = torch.stack([key[0], value[0]])  # [2, Hkv, B*T, D]
+    kv = kv.view(2, kv.shape[1], batch, queries, -1).transpose(1, 2)
+    ctx.cache.append(module.layer_idx, kv, ctx.index)
+    q = query[0].transpose(0, 1).reshape(batch, queries, query.shape[1], -1)
+    ctx.clock.attention()
+    plan = ctx.plan(query.shape[1] // key.shape[1], sliding_window)
+    out = ctx.backend.attend(q, ctx.cache, module.layer_idx, plan, scaling or q.shape[-1] ** -0.5)
+    ctx.clock.linear()
+    return out.reshape(1, batch * queries, query.shape[1], -1), None
+
+
+def _shape_of(config: Any) -> ModelShape:
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab=config.vocab_size, tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+class HFRunner:
+    """Any transformers causal LM whose attention goes through AttentionInterface; see Runner for the contract."""
+
+    kind = "hf"
+
+    def __init__(self, model: Any, *, name: str) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(INTERFACE, _attention)
+        model.set_attn_implementation(INTERFACE)
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        if config._attn_implementation != INTERFACE:
+            raise ModelRefused(
+                f"{type(model).__name__} ignored the attention function (its class cannot be inspected or does not use "
+                "transformers' AttentionInterface). Define the model in an importable module, or use a supported class."
+            )
+        for name_of, attribute in (("attention logit soft-capping", "attn_logit_softcapping"),):
+            if getattr(config, attribute, None) is not None:
+                raise ModelRefused(f"{type(model).__name__} uses {name_of}, which no CPU back end here implements")
+        if not hasattr(config, "num_attention_heads") or not hasattr(config, "max_position_embeddings"):
+            raise ModelRefused(f"{type(model).__name__}: its configuration names no heads or no maximum length")
+        self._model = model.eval()
+        self.name = name
+        self.shape = _shape_of(config)
+        first = next(model.parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self.max_length = int(config.max_position_embeddings)
+        self.fingerprint = weights_fingerprint(model.config.to_diff_dict(), model.state_dict().items())
+        self._sliding = bool(getattr(config, "sliding_window", None))
+
+    def need(self) -> Need:
+        """Head size and grouping of the model, and whether it has sliding-window layers."""
+        s = self.shape
+        return Need(self.device.type, self.dtype, s.head_dim, s.heads // s.kv_heads, sliding=self._sliding)
+
+    def new_cache(self, batch: int, max_tokens: int) -> KvCache:
+        """An empty cache for this model."""
+        s = self.shape
+        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
+
+    def forward(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """See Runner.forward."""
+        batch, queries = tokens.shape
+        context = ForwardContext(reads, cache, backend, clock, write_slots(reads, cache, padding))
+        rows = torch.arange(batch, device=tokens.device)[:, None] * queries
+        # a prompt chunk needs no logits, but the interface computes at least one
+        kept = (rows + (keep if keep is not None else torch.zeros(1, dtype=torch.int64, device=tokens.device))).reshape(-1)
+        out = self._model(
+            input_ids=tokens.reshape(1, -1), position_ids=reads.positions.reshape(1, -1), use_cache=False,
+            logits_to_keep=kept[:1] if keep is None else kept, sd_ctx=context,
+        ).logits
+        return out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1])

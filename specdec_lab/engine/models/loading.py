@@ -1,0 +1,205 @@
+"""Load a target and its draft: the shipped pair, a folder, a hub name or a transformers model already in memory.
+
+Only safetensors, or pickles read with `weights_only=True`. Not known here: the engine that will run the pair.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fast_llama
+from .fast_llama import FastLlama, WeightsMismatch
+from .hf import HFRunner
+from .runner import Runner
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+class ModelNotFound(ValueError):
+    """No model at that path or name; the message says what was looked for."""
+
+
+class TokenizerMismatch(ValueError):
+    """Target and draft do not share one vocabulary, so drafted ids would mean other text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPair:
+    """A target, maybe a draft, and the tokenizer they share (None for a model given without one)."""
+
+    name: str
+    target: Runner
+    draft: Runner | None
+    tokenizer: Any | None
+    eos_ids: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        draft = self.draft.name if self.draft else "none"
+        return f"ModelPair({self.name!r}, target={self.target.name!r} [{self.target.kind}], draft={draft!r}, {self.target.dtype})"
+
+
+def load(
+    model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto"
+) -> ModelPair:
+    """The pair to speculate with.
+
+    model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM
+    dtype         auto: float32 on a CPU, the model's own elsewhere
+    runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
+    raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner that cannot
+    """
+    if runner not in ("auto", "fast", "hf"):
+        raise ValueError(f"runner must be auto, fast or hf, got {runner!r}")
+    place = _device(device)
+    if isinstance(model, str) and model == "demo":
+        if not (DEMO / "target" / "model.safetensors").exists():
+            raise ModelNotFound("the shipped pair is missing from this installation; reinstall specdec_lab, or train it with "
+                                "`python -m specdec_lab.demo.train_demo target` and then `draft`")
+        name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
+    else:
+        name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
+    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner)
+    if draft is None:
+        return ModelPair(name, target, None, tokenizer, eos_ids)
+    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner)
+    _check_vocabularies(target, tokenizer, helper, draft_tokenizer)
+    return ModelPair(name, target, helper, tokenizer, eos_ids)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one that torch knows ({error}). Use auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device here. Use device='cpu' or 'auto'.")
+    return device
+
+
+def _load_one(
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str
+) -> tuple[Runner, Any | None, tuple[int, ...]]:
+    """A runner, its tokenizer if it has one, and its end-of-text ids."""
+    if not isinstance(model, str | Path):
+        return _from_memory(model, device, dtype, runner)
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = str(model)
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(where).exists() else "path or hub name"
+        raise ModelNotFound(
+            f"no model at the {kind} {where!r} ({str(error).strip().splitlines()[0]}). Give a folder with config.json and "
+            "safetensors, a hub name, or 'demo'."
+        ) from None
+    chosen = _dtype(dtype, config, device)
+    reason = fast_llama.why_not(config)
+    if runner == "fast" and reason:
+        raise ValueError(f"{reason}. Use runner='hf'.")
+    name = Path(where).name if Path(where).exists() else where
+    loaded: Runner
+    if runner == "hf" or reason:
+        loaded = HFRunner(_hf_model(where, chosen, device), name=name)
+    else:
+        loaded = FastLlama(config, read_weights(where), name=name, device=device, dtype=chosen)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError):
+        tokenizer = None  # a model without tokenizer takes token lists as prompts
+    return loaded, tokenizer, _eos(config)
+
+
+def _from_memory(
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str
+) -> tuple[Runner, None, tuple[int, ...]]:
+    if not hasattr(model, "config") or not hasattr(model, "state_dict"):
+        raise ModelNotFound(f"a model must be 'demo', a folder, a hub name or a transformers causal LM, got {type(model).__name__}")
+    reason = fast_llama.why_not(model.config)
+    if runner == "fast" and reason:
+        raise ValueError(f"{reason}. Use runner='hf'.")
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    chosen = next(model.parameters()).dtype if dtype == "auto" else _dtype(dtype, model.config, device)
+    loaded: Runner
+    if runner == "hf" or reason:
+        loaded = HFRunner(model.to(device, chosen), name=name)
+    else:
+        loaded = FastLlama(model.config, model.state_dict(), name=name, device=device, dtype=chosen)
+    return loaded, None, _eos(model.config)
+
+
+def _dtype(dtype: str | torch.dtype, config: Any, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is not one that torch knows; use auto, float32 or bfloat16")
+        return found
+    stored = getattr(config, "dtype", None)
+    return torch.float32 if device.type == "cpu" or not isinstance(stored, torch.dtype) else stored
+
+
+def _hf_model(where: str, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
+    problems = [f"missing {n}" for n in sorted(info["missing_keys"])] + [f"unexpected {n}" for n in sorted(info["unexpected_keys"])]
+    if problems:  # transformers would fill the missing ones with random numbers
+        raise WeightsMismatch(f"the weights at {where!r} do not fit their configuration: {'; '.join(problems[:6])}")
+    return model.to(device)
+
+
+def read_weights(where: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder or hub name: safetensors, else a pickle read with weights_only=True."""
+    from safetensors.torch import load_file
+
+    folder = Path(where)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json"]))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = sorted(f.name for f in folder.glob("*.safetensors"))
+    if files:
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            weights |= load_file(folder / file)
+        return weights
+    pickled = folder / "pytorch_model.bin"
+    if pickled.exists():
+        return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    raise ModelNotFound(f"{where!r} has a configuration but no safetensors (nor pytorch_model.bin); its weights are missing")
+
+
+def _eos(config: Any) -> tuple[int, ...]:
+    eos = getattr(config, "eos_token_id", None)
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _check_vocabularies(target: Runner, tokenizer: Any, draft: Runner, draft_tokenizer: Any) -> None:
+    if target.shape.vocab != draft.shape.vocab:
+        raise TokenizerMismatch(
+            f"target {target.name!r} has {target.shape.vocab} token ids, draft {draft.name!r} has {draft.shape.vocab}; a draft "
+            "must share the target's vocabulary"
+        )
+    if tokenizer is None or draft_tokenizer is None:
+        return
+    mine, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if mine != theirs:
+        differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
+        raise TokenizerMismatch(
+            f"the tokenizers of {target.name!r} and {draft.name!r} differ in {len(differing)} entries, for example "
+            f"{differing[0]!r}: {mine.get(differing[0])} against {theirs.get(differing[0])}. Use a draft trained with the target's tokenizer."
+        )

@@ -1,0 +1,66 @@
+"""What the loop asks of a model, whoever wrote it.
+
+A runner turns tokens into logits, writing K/V into our cache and reading it through an attention back end. Not known here:
+drafting, acceptance, who calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...costs import ModelShape
+from ..attention import AttentionBackend, Need, Reads
+from ..cache import KvCache
+from ..clocks import Clock
+
+
+class Runner(Protocol):
+    """A causal language model over our cache."""
+
+    kind: str  # "fast" or "hf"
+    name: str
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+    max_length: int  # positions the model was made for
+    fingerprint: str
+
+    def need(self) -> Need:
+        """What this model asks of an attention back end."""
+
+    def new_cache(self, batch: int, max_tokens: int) -> KvCache:
+        """An empty cache for this model; CacheTooLarge if it cannot fit."""
+
+    def forward(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, T] -> logits [B, K, V] at the query indices keep [K] (None: no logits, [B, 0, V]).
+
+        Writes K/V of every token at its slot; tokens where padding [B, T] is True go to the scratch slot.
+        """
+
+
+def write_slots(reads: Reads, cache: KvCache, padding: Tensor | None) -> Tensor:
+    """Flat cache rows that the tokens of a forward write."""
+    slots = reads.slots
+    if padding is not None:
+        slots = torch.where(padding, cache.scratch_slot, slots)
+    return cache.write_index(slots)
+
+
+def weights_fingerprint(config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> str:
+    """12 hex digits over the configuration and a strided sample (up to 4,096 elements) of every tensor."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights, key=lambda item: item[0]):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,106 @@
+"""Score a proposed chain with the target and accept a path without changing the target's law.
+
+Three verifiers: greedy (the arg-max is the law), rejection (exact law, best acceptance; Leviathan 2023), coupled (the token
+that plain sampling with the same seed emits, so output is equal token for token). Not known here: models, caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sampling import Noise, Processor, Purpose, draw, gumbel_argmax
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a drafter offers: a chain per row.
+
+    tokens  [B, N] int64, entries at and beyond counts are padding
+    counts  [B] int64 drafted tokens of each row, 0..N
+    law     [B, N, V] the law each token was drawn from, or None for a point mass (greedy drafts, n-grams, coupled)
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    law: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """num_accepted [B] drafted tokens accepted; tokens [B, N+1]: the accepted ones, then the target's own next token."""
+
+    num_accepted: Tensor
+    tokens: Tensor
+
+
+def accept_equal(proposal: Proposal, target: Tensor) -> Decision:
+    """Accept drafts as long as they equal the target's own choices [B, N+1]; emit those choices."""
+    num_drafted = proposal.tokens.shape[1]
+    order = torch.arange(num_drafted, device=target.device)
+    equal = (proposal.tokens == target[:, :num_drafted]) & (order < proposal.counts[:, None])
+    return Decision(equal.long().cumprod(1).sum(1), target)
+
+
+def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, residual_u: Tensor) -> Decision:
+    """Speculative sampling: accept x with chance min(1, p(x)/q(x)), else draw from max(p - q, 0) (Leviathan 2023, A.1).
+
+    target_law  [B, N+1, V]; accept_u [B, N], residual_u [B, N+1] uniforms in [0, 1), one per position
+    """
+    batch, num_drafted = proposal.tokens.shape
+    rows = torch.arange(batch, device=target_law.device)
+    p = target_law[:, :num_drafted].gather(-1, proposal.tokens[..., None])[..., 0]  # [B, N]
+    q = torch.ones_like(p) if proposal.law is None else proposal.law.gather(-1, proposal.tokens[..., None])[..., 0]
+    order = torch.arange(num_drafted, device=target_law.device)
+    accepted = (accept_u * q < p) & (order < proposal.counts[:, None])
+    count = accepted.long().cumprod(1).sum(1)
+    weights = target_law[rows, count]  # [B, V]: the law after the last accepted token
+    rejected = count < proposal.counts
+    if num_drafted:
+        at = count.clamp(max=num_drafted - 1)
+        refused = proposal.tokens[rows, at]
+        removed = (
+            torch.zeros_like(weights).scatter_(1, refused[:, None], 1.0) if proposal.law is None
+            else proposal.law[rows, at].to(weights.dtype)
+        )
+        residual = (weights - removed).clamp(min=0)
+        # an empty residual means p = q, where rejection has chance zero: rounding brought us here, p itself is right
+        usable = rejected & (residual.sum(-1) > 0)
+        weights = torch.where(usable[:, None], residual, weights)
+    following = draw(weights, residual_u[rows, count])
+    tokens = torch.cat([proposal.tokens, following[:, None]], 1)
+    return Decision(count, tokens.scatter(1, count[:, None], following[:, None]))
+
+
+def decide(
+    proposal: Proposal, logits: Tensor, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
+) -> Decision:
+    """Accept a path of `proposal` given the target's logits [B, N+1, V] at root and drafts.
+
+    first_position  [B] position of the first token that this round decides
+    """
+    if processor.is_greedy:
+        return accept_equal(proposal, logits.argmax(-1))
+    law = processor.law(logits)
+    num_drafted = proposal.tokens.shape[1]
+    positions = first_position[:, None] + torch.arange(num_drafted + 1, device=logits.device)
+    if verifier == "coupled" or num_drafted == 0:  # plain sampling is what a coupled run must equal
+        return accept_equal(proposal, gumbel_argmax(law, noise.gumbel(positions, law.shape[-1], Purpose.TARGET)))
+    return accept_rejection(
+        proposal, law, noise.uniform(positions[:, :num_drafted], Purpose.ACCEPT), noise.uniform(positions, Purpose.RESIDUAL)
+    )
+
+
+def choose_draft(
+    logits: Tensor, position: Tensor, processor: Processor, verifier: str, noise: Noise
+) -> tuple[Tensor, Tensor | None]:
+    """The drafted token [B] at position [B] for draft logits [B, V], and the law it was drawn from (rejection only)."""
+    if processor.is_greedy:
+        return logits.argmax(-1), None
+    law = processor.law(logits)
+    if verifier == "coupled":
+        shared = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)[:, 0]
+        return gumbel_argmax(law, shared), None
+    return draw(law, noise.uniform(position[:, None], Purpose.DRAFT)[:, 0]), law
