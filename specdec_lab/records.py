@@ -90,6 +90,9 @@ class KvView:
             raise ValueError(f"KvView.kind must be full, window or snapkv, got {self.kind!r}")
         if min(self.sink, self.recent, self.budget, self.refresh) < 0:
             raise ValueError(f"KvView counts must not be negative, got {self!r}")
+        spelled = {"full": (), "window": ("sink", "recent"), "snapkv": ("recent", "budget", "refresh")}[self.kind]
+        if stray := [n for n in ("sink", "recent", "budget", "refresh") if n not in spelled and getattr(self, n)]:
+            raise ValueError(f"KvView of kind {self.kind} has no {', '.join(stray)}, got {self!r}")
         if self.kind != "full" and self.recent < 1:
             raise ValueError(
                 f"KvView.recent must be at least 1 token (the drafting token sees itself), got {self.recent}"
@@ -140,8 +143,8 @@ class KvView:
 class TreeShape:
     """The drafted nodes of a round; the root (the last emitted token, index -1) is not one of them.
 
-    parents  parents[i] < i is the node under which node i hangs. Papers count the root: their (n nodes, D levels) is our
-             (n-1 nodes, depth D-1). Spelled `chain5`, `4,2,1` (children per node, level by level) or `tree:-1,-1,0`.
+    parents  parents[i] < i is the node under which node i hangs. Papers count the root: their (n nodes, D levels) is
+             our (n-1 nodes, depth D-1). Spelled `chain5`, `4,2,1` (children per node, level by level) or `tree:-1,-1,0`.
     """
 
     parents: tuple[int, ...]
@@ -153,7 +156,7 @@ class TreeShape:
             raise ValueError(f"TreeShape has {len(self.parents)} nodes; at most {MAX_NODES} can be verified in a round")
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
-                raise ValueError(f"TreeShape node {node} has parent {parent}; a parent must be -1 (root) or an earlier node")
+                raise ValueError(f"TreeShape node {node} has parent {parent}; it must be -1 (root) or an earlier node")
         if self.depth > MAX_DEPTH:
             raise ValueError(f"TreeShape is {self.depth} levels deep; at most {MAX_DEPTH} are possible")
 
@@ -166,7 +169,7 @@ class TreeShape:
     def branching(cls, children: Sequence[int]) -> TreeShape:
         """Breadth-first tree in which every node of level l has children[l] children."""
         if any(c < 1 for c in children):
-            raise ValueError(f"every level of a tree needs at least 1 child per node, got {','.join(map(str, children))}")
+            raise ValueError(f"every level of a tree needs at least 1 child per node, got {list(children)}")
         parents: list[int] = []
         level = [-1]
         for width in children:
@@ -232,7 +235,7 @@ class TreeShape:
             return cls(tuple(int(p) for p in match[1].split(",")))
         if re.fullmatch(r"\d+(,\d+)*", text):
             return cls.branching([int(c) for c in text.split(",")])
-        raise ParseError(f"tree {text!r} is none of: chainN (chain5), children per level (4,2,1), tree:PARENTS (tree:-1,-1,0)")
+        raise ParseError(f"tree {text!r} is none of: chainN (chain5), children per level (4,2,1), tree:PARENTS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,12 +399,12 @@ class StepRecord:
         """The inverse of to_dict; unknown keys of newer writers are ignored, missing ones raise ValueError."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in data.items() if k in known}
-        for name in ("context_tokens", "drafted", "accepted", "censored", "flags"):
-            if name in values:
-                values[name] = tuple(values[name])
-        if "tokens" in values:
-            values["tokens"] = tuple(tuple(t) for t in values["tokens"])
         try:
+            for name in ("context_tokens", "drafted", "accepted", "censored", "flags"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            if "tokens" in values:
+                values["tokens"] = tuple(tuple(t) for t in values["tokens"])
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a step record: {error}") from None
