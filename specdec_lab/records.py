@@ -144,7 +144,7 @@ class TreeShape:
     """The drafted nodes of a round; the root (the last emitted token, index -1) is not one of them.
 
     parents  parents[i] < i is the node under which node i hangs. Papers count the root: their (n nodes, D levels) is
-             our (n-1 nodes, depth D-1). Spelled `chain5`, `4,2,1` (children per node, level by level) or `tree:-1,-1,0`.
+             our (n-1 nodes, depth D-1). Spelled `chain5`, `4,2,1` (children per node, by level) or `tree:-1,-1,0`.
     """
 
     parents: tuple[int, ...]
