@@ -1,8 +1,4 @@
-"""What theory expects of a forward: parameters, bytes, FLOPs.
-
-Knows arithmetic only: numpy and records, neither torch nor the engine. The engine takes its exact byte and FLOP counts
-from here, so the counts in a record and the counts in a prediction are one formula.
-"""
+"""The sizes of a model, and the exact bytes and FLOPs that follow from them."""
 
 from __future__ import annotations
 
