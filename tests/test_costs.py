@@ -284,7 +284,7 @@ def test_an_overhead_without_kv_is_the_same_fit() -> None:
     assert fit_cost([CostSample(b, 1, 0, 1e-4 * b) for b in (1, 8)]).left_out is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_nonnegative_least_squares_meets_the_optimality_conditions(seed: int, columns: int) -> None:
     generator = np.random.default_rng(seed)
@@ -345,7 +345,6 @@ def test_no_chain_is_plain_decoding_exactly() -> None:
     assert model(overhead=overhead).best(Cell(4, 64), 64, 0.1).gamma == 0
 
 
-@settings(deadline=None)
 @given(cells, alphas, st.integers(8, 1024))
 def test_the_marginal_rule_says_when_one_more_token_pays(cell: Cell, alpha: float, view: int) -> None:
     m = model()
@@ -358,7 +357,6 @@ def test_the_marginal_rule_says_when_one_more_token_pays(cell: Cell, alpha: floa
         assert node_pays(alpha ** (gamma + 1), now, now.draft_s / gamma + slope) == (longer.speedup > now.speedup)
 
 
-@settings(deadline=None)
 @given(cells, alphas, st.integers(8, 1024))
 def test_the_best_chain_is_found_by_trying_all(cell: Cell, alpha: float, view: int) -> None:
     best = model().best(cell, view, alpha, max_gamma=8)
@@ -380,7 +378,6 @@ def test_without_kv_cost_there_is_no_half_length() -> None:
     assert kv_half_length(FittedCost(A, B, 0.0, 0.0, math.inf, ()), 4, 1, KV) == math.inf
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), alphas, st.integers(8, 2048), st.integers(8, 60_000))
 def test_self_speculation_gains_with_batch_beyond_the_closed_form(gamma: int, alpha: float, k: int, s: int) -> None:
     assume(s >= k)
@@ -390,7 +387,6 @@ def test_self_speculation_gains_with_batch_beyond_the_closed_form(gamma: int, al
     assert gains == sorted(gains, reverse=s < threshold)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), alphas, st.integers(8, 2048), st.integers(8, 60_000))
 def test_at_large_batch_self_speculation_pays_beyond_the_closed_form(gamma: int, alpha: float, k: int, s: int) -> None:
     tokens = omega(gamma, alpha)

@@ -6,10 +6,10 @@ import json
 import re
 
 import pytest
-from builders import header, round_step
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import header, round_step
 from specdec_lab.records import (
     DRAFTERS,
     MAX_DEPTH,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from builders import header, round_step
 
+from builders import header, round_step
 from specdec_lab.records import Run, StepRecord
 from specdec_lab.stream import Stream, record
 

@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from builders import header, off_step, prefill_step, round_step, run_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builders import header, off_step, prefill_step, round_step, run_of
 from specdec_lab import trace
 from specdec_lab.records import PHASES, Run
 from specdec_lab.stream import record
@@ -23,7 +23,7 @@ from specdec_lab.trace import TraceError, TraceWriter, perfetto, read_run, repla
 
 NAMES = ("run.jsonl", "run.jsonl.gz")
 seconds = st.floats(0, 1e3, allow_nan=False)
-same_directory = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+same_directory = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
 
 def small_run(num_rounds: int = 3, **overrides: object) -> Run:
@@ -287,7 +287,7 @@ def events(run: Run, **wanted: object) -> list[dict[str, object]]:
 
 
 @given(run=runs())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_slices_of_a_track_never_overlap_and_phases_fill_their_round(run: Run) -> None:
     rounds, phases = events(run, ph="X", tid=1), events(run, ph="X", tid=2)
     assert len(rounds) == len(run.steps)
