@@ -33,7 +33,10 @@ def revisions(held_out: list[corpus.Document], names: list[str]) -> Iterator[Hel
         original = document.text[:MAX_ORIGINAL_CHARACTERS].rpartition("\n\n")[0]
         if len(original) < MIN_ORIGINAL_CHARACTERS or original.count("\n\n") < MIN_ORIGINAL_PARAGRAPHS:
             continue
-        text = original + "\n\n" + corpus.revise(original, rng, names)
+        edited = original
+        while edited == original:  # some draws edit nothing
+            edited = corpus.revise(original, rng, names)
+        text = f"{original}\n\n{edited}"
         digest = hashlib.sha256(text.encode()).hexdigest()
         yield HeldOutText("revision", f"{document.source}/{document.name}", digest, text, len(original))
 
