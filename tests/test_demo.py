@@ -290,7 +290,7 @@ def tiny_pair(tmp_path, tiny_recipe, monkeypatch):
 
 
 def test_the_gates_run_write_their_results_and_fill_the_card(tiny_pair, monkeypatch, capsys):
-    few = [t for t in read_held_out() if t.source != "revision"][::9]
+    few = [t for i, t in enumerate(read_held_out()) if t.source == "revision" or i % 9 == 0]
     monkeypatch.setattr(evaluate, "read_held_out", lambda: few)
     arguments = ["--folder", str(tiny_pair), "--tokens-limit", "1024"]
     assert evaluate.main([*arguments, "--gates", "1,3"]) == 0
@@ -298,12 +298,14 @@ def test_the_gates_run_write_their_results_and_fill_the_card(tiny_pair, monkeypa
     assert set(results["gates"]) == {"1", "3"}
     loss = results["gates"]["1"]
     assert loss["target"]["all"]["all"]["mean"] == pytest.approx(np.log(2048), abs=1.0)
-    assert loss["texts"] == len(few)
+    assert loss["texts"] == sum(t.source != "revision" for t in few)
     assert loss["target"]["all"]["all"]["tokens"] == sum(loss["target"][s]["all"]["tokens"] for s in ("code", "manual"))
     assert loss["reproduce"]["tokens"] <= evaluate.REPRODUCED_TOKENS
     accepted = results["gates"]["3"]
     assert set(accepted["text"]) == {"self:4+64", "self:4+256", "self:4+512", "model:4+128", "model:full"}
-    assert set(accepted["revision"]["self:4+64"]["T=0"]) == {"1K"}
+    revisions = accepted["revision"]["self:4+64"]["T=0"]
+    assert set(revisions) == {"1K"}
+    assert (revisions["1K"]["tokens"], revisions["1K"]["files"]) == (3 * 256, 3)
     assert "nats per token" in capsys.readouterr().out
     text = (tiny_pair / "README.md").read_text()
     assert "| target, code |" in text

@@ -68,7 +68,12 @@ class Pair:
     def revisions(self, length: int) -> list[Text]:
         """Texts of `length` tokens whose last quarter lies inside an edited copy of their beginning."""
         prompts = held_out("revision", Cell(NUM_REVISIONS, length + 1), self).prompts
-        return [Text("revision", f"revision/{i}", torch.tensor(p)) for i, p in enumerate(prompts)]
+        return [Text("revision", self._home(p), torch.tensor(p)) for p in prompts]
+
+    def _home(self, prompt: tuple[int, ...]) -> str:
+        """The revision that a prompt was cut from: prompts of one file do not count as independent."""
+        beginning = self.decode(list(prompt[:40])).rstrip("\ufffd")  # may end inside a character
+        return next(t.name for t in read_held_out() if t.source == "revision" and beginning in t.text)
 
     def _tensor(self, tokens: list[int]) -> torch.Tensor:
         return torch.tensor(tokens[: min(self.tokens_limit, CONTEXT) + 1])
