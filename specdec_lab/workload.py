@@ -170,7 +170,7 @@ def from_file(
 
 def _jsonl_texts(text: str, path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 within a text
         if not line.strip():
             continue
         try:

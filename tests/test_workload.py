@@ -78,11 +78,13 @@ def test_text_becomes_one_prompt_per_text():
 
 def test_a_text_file_is_one_prompt_and_jsonl_is_many(tmp_path):
     (tmp_path / "a.txt").write_text("héllo\n", encoding="utf-8")
-    lines = [json.dumps({"text": "one", "id": 1}), "", json.dumps({"text": "two"})]
-    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"text": "one\u2028line", "id": 1}, ensure_ascii=False), "", json.dumps({"text": "two"})]
+    (tmp_path / "b.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
     one = from_file(tmp_path / "a.txt", Bytes())
     assert (one.name, Bytes.decode(one.prompts[0])) == ("a", "héllo\n")
-    assert [Bytes.decode(p) for p in from_file(str(tmp_path / "b.jsonl"), Bytes()).prompts] == ["one", "two"]
+    assert [Bytes.decode(p) for p in from_file(str(tmp_path / "b.jsonl"), Bytes()).prompts] == [
+        "one\u2028line", "two"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
