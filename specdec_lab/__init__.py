@@ -1,8 +1,8 @@
-"""specdec_lab: see where speculative decoding pays, by batch size and sequence length, and deploy the answer.
+r"""specdec_lab: see where speculative decoding pays, by batch size and sequence length, and deploy the answer.
 
     import specdec_lab as sd
     engine = sd.Engine(sd.load("demo"))
-    out = engine.generate(["import os\\n"], config="self:4+60/chain3", max_new_tokens=64)
+    out = engine.generate(["import os\n"], config="self:4+60/chain3", max_new_tokens=64)
 
 Names are resolved when first used, so that importing the package loads neither torch nor plotly nor optuna.
 """

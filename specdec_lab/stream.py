@@ -5,6 +5,7 @@ Knows records only. Whoever drains a stream is the only one who closes it; anoth
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 from .records import Run, RunHeader, StepRecord
@@ -42,15 +43,21 @@ def record(stream: Stream, *sinks: Sink, stop: Callable[[], bool] = lambda: Fals
     """Drain `stream` into `sinks` and return the finished run.
 
     An interrupt, or `stop()` returning True at a step boundary, ends the run early: nothing recorded is lost and the
-    run is marked interrupted.
+    run is marked interrupted. A sink that cannot write (OSError: disk full, folder gone) is dropped with a warning, and
+    the run goes on without it.
     """
     steps: list[StepRecord] = []
     interrupted = False
+    readers = list(sinks)
     try:
         for step in stream:
             steps.append(step)
-            for sink in sinks:
-                sink(step)
+            for sink in tuple(readers):
+                try:
+                    sink(step)
+                except OSError as error:
+                    readers.remove(sink)
+                    warnings.warn(f"a reader of this run stopped: {error}. The run goes on without it.", stacklevel=2)
             if stop():
                 interrupted = True
                 break

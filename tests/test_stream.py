@@ -65,13 +65,26 @@ def test_an_error_in_a_sink_is_not_swallowed_and_closes_the_source() -> None:
     source = Source()
 
     def full(_: StepRecord) -> None:
-        raise OSError("disk full")
+        raise RuntimeError("a fault")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RuntimeError, match="a fault"):
         record(Stream(header(), source.steps()), full)
     assert source.num_read == 1
     assert source.closed
 
+
+def test_a_sink_that_cannot_write_is_dropped_with_a_warning_and_the_run_goes_on() -> None:
+    source, seen = Source(), []
+
+    def full(step: StepRecord) -> None:
+        seen.append(step)
+        raise OSError("disk full")
+
+    with pytest.warns(UserWarning, match="disk full. The run goes on without it"):
+        run = record(Stream(header(), source.steps()), full)
+    assert len(seen) == 1
+    assert len(run.steps) > 1
+    assert not run.interrupted
 
 def test_leaving_the_with_block_closes_the_source() -> None:
     source = Source()

@@ -20,7 +20,10 @@ from pathlib import Path
 
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 400_000
 SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages _bundled test tests idlelib lib2to3 encodings turtledemo pydoc_data __pycache__".split()
+    {
+        "site-packages", "dist-packages", "_bundled", "test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo",
+        "pydoc_data", "__pycache__",
+    }
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 MANUAL_ROOTS = ("/usr/share/doc/python{v}-doc/html/_sources", "/usr/share/doc/python{v}/html/_sources")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,12 +57,13 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(shape: str) -> LlamaConfig:
+def make_config(shape: str) -> Any:
     """The Llama configuration of "target" or "draft"; float32 is written so that bf16 files load as fp32."""
+    sizes: dict[str, Any] = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        num_key_value_heads=SHAPES[shape]["num_attention_heads"], bos_token_id=0, eos_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SHAPES[shape],
+        num_key_value_heads=sizes["num_attention_heads"], bos_token_id=0, eos_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **sizes,
     )
     config.dtype = "float32"
     return config
@@ -100,7 +102,7 @@ class Crops:
 
     def _revision(self, length: int) -> np.ndarray:
         original = self._inside_one_document(int(length * self.rng.uniform(0.3, 0.6)))
-        edited = corpus.revise(self.tokenizer.decode(original), self.rng, self.names)
+        edited = corpus.revise(str(self.tokenizer.decode(original)), self.rng, self.names)
         both = np.concatenate([original, np.array(self.tokenizer.encode("\n\n" + edited), dtype=np.int32)])
         missing = length - len(both)
         if missing > 0:  # cut or shortened: fill up with the stream
@@ -146,7 +148,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def logits_of(model: LlamaForCausalLM, inputs: torch.Tensor, bf16: bool) -> torch.Tensor:
     """Logits [B, T, V] in float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=inputs, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits
     return logits.float()
 
 
@@ -242,7 +244,8 @@ def train(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write bf16 safetensors with a config that loads as float32, and the tokenizer."""
     config = model.config
-    rounded = LlamaForCausalLM(config).to(torch.bfloat16)
+    rounded: Any = LlamaForCausalLM(config)
+    rounded = rounded.to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())

@@ -50,7 +50,9 @@ class Reads:
     query_nodes   [T] which corner node each query is
     view          what of prefix and corner is visible at all: a key at position p is seen from position q iff
                   p < sink or q - p < recent (a window), always (full)
-    longest       max(committed) + C, a host integer; uniform: all rows have equal committed length
+    longest       max(committed) + C, a host integer
+    uniform       all rows have equal committed length
+    causal        the corner is a chain: every query sees all nodes before it
     """
 
     committed: Tensor
@@ -60,6 +62,7 @@ class Reads:
     view: KvView
     longest: int
     uniform: bool
+    causal: bool = False
 
     @property
     def num_queries(self) -> int:
@@ -79,7 +82,7 @@ class Reads:
     @property
     def is_causal_prefill(self) -> bool:
         """Whether this is plain causal attention over an empty prefix."""
-        return self.longest == self.corner.shape[1] == self.num_queries and self.view.kind == "full"
+        return self.causal and self.longest == self.corner.shape[1] == self.num_queries and self.view.kind == "full"
 
     def visible(self, keys: Tensor, sliding: int | None = None) -> Tensor:
         """Which of the slots keys [B or 1, N] each query may read: bool [B or 1, T, N]. This is the definition.
@@ -87,9 +90,7 @@ class Reads:
         sliding  window of a model's own sliding-window layers, in tokens, or None
         """
         num_nodes = self.corner.shape[1]
-        node = keys - self.committed[: keys.shape[0], None] if keys.shape[0] == 1 and self.uniform else (
-            keys - self.committed[:, None]
-        )  # [B, N], negative in the prefix
+        node = keys - self.committed[: keys.shape[0], None]  # [B or 1, N], negative in the prefix
         inside = node.clamp(0, num_nodes - 1)
         seen = (node < 0)[:, None, :] | ((node >= 0) & (node < num_nodes))[:, None, :] & self.corner[:, inside].transpose(0, 1)
         depth = torch.where(node < 0, node, self.node_depths[inside])  # distance from the root, prefix negative
@@ -106,9 +107,8 @@ def chain_reads(committed: Tensor, length: int, view: KvView, longest_committed:
     """Reads of `length` tokens appended in causal order: a verify of a chain, or a chunk of a prompt."""
     device = committed.device
     order = torch.arange(length, device=device)
-    return Reads(
-        committed, order[:, None] >= order[None, :], order, order, view, longest_committed + length, uniform
-    )
+    corner = order[:, None] >= order[None, :]
+    return Reads(committed, corner, order, order, view, longest_committed + length, uniform, causal=True)
 
 
 def draft_step_reads(committed: Tensor, step: int, view: KvView, longest_committed: int, uniform: bool) -> Reads:
@@ -116,7 +116,7 @@ def draft_step_reads(committed: Tensor, step: int, view: KvView, longest_committ
     device = committed.device
     order = torch.arange(step + 1, device=device)
     corner = torch.ones(1, step + 1, dtype=torch.bool, device=device)
-    return Reads(committed, corner, order, order[-1:], view, longest_committed + step + 1, uniform)
+    return Reads(committed, corner, order, order[-1:], view, longest_committed + step + 1, uniform, causal=True)
 
 
 class AttentionBackend(Protocol):
@@ -193,8 +193,8 @@ class SdpaBackend:
             return DensePlan(slots, reads.longest, _additive(reads.visible(slots, sliding) & valid[:, None], group, dtype))
         rows = 1 if reads.uniform else reads.committed.shape[0]
         keys = torch.arange(reads.longest, device=reads.committed.device)[None].expand(rows, -1)
-        if reads.uniform and reads.corner.shape[1] == 1 and reads.view.kind == "full" and sliding is None:
-            return DensePlan(None, reads.longest, None)  # plain decoding: one query sees everything
+        if reads.uniform and reads.causal and reads.num_queries == 1 and reads.view.kind == "full" and sliding is None:
+            return DensePlan(None, reads.longest, None)  # one query sees everything
         return DensePlan(None, reads.longest, _additive(reads.visible(keys, sliding), group, dtype))
 
     @staticmethod

@@ -52,25 +52,41 @@ class Batch:
         return min(self.host_lengths) == max(self.host_lengths)
 
 
-def keys_read(committed: list[int], appended: int, queries: int, view: KvView) -> int:
-    """KV rows read per head, over all rows: what the queries of a forward see together, each row once."""
-    total = 0
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one forward read and computed over all rows, exactly: integers, from the lengths that it used.
+
+    queries  tokens per row, padding included
+    keys     KV rows per head, each counted once however many queries read it
+    pairs    query-key pairs
+    """
+
+    queries: int
+    keys: int
+    pairs: int
+
+
+def count_forward(committed: list[int], queries: int, view: KvView, before: int = 0) -> Forward:
+    """The counts of a forward of `queries` chained tokens per row, `before` drafted ones of the round already appended."""
+    keys = pairs = 0
+    most = view.max_tokens
     for length in committed:
-        seen = length + appended
-        if view.max_tokens is not None:
-            seen = min(seen, view.sink + view.recent + queries - 1)
-        total += seen
-    return total
+        first = length + before  # position of the first query
+        whole = queries if most is None else min(max(most - first, 0), queries)  # queries that see all before them
+        pairs += whole * first + whole * (whole + 1) // 2 + (queries - whole) * (most or 0)
+        seen = first + queries
+        keys += seen if most is None else min(seen, most + queries - 1)
+    return Forward(queries, keys, pairs)
 
 
 def read_committed(
     runner: Runner, cache: KvCache, backend: AttentionBackend, batch: Batch, known: list[int], view: KvView, clock: Clock,
     phases: tuple[Phase, Phase],
-) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+) -> tuple[list[int], tuple[Forward, ...]]:
     """Read every row's text between known[b] and its root into `cache`, in chunks, attending through `view`.
 
     Rows that lag less than others are padded; padding goes to the scratch slot.
-    returns  the new known lengths, and the forwards made: (query tokens per row, keys read over all rows)
+    returns  the new known lengths, and the forwards made
     """
     goal = [n - 1 for n in batch.host_lengths]
     device, forwards = cache.committed.device, []
@@ -86,7 +102,7 @@ def read_committed(
         clock.forward(*phases)
         runner.forward(batch.ids.gather(1, at), reads, cache, backend, clock, None, order >= takes[:, None])
         clock.enter(Phase.HOST)
-        forwards.append((width, keys_read(known, width, width, view)))
+        forwards.append(count_forward(known, width, view))
         known = [k + min(lag, width) for k, lag in zip(known, lags, strict=True)]
     cache.committed = torch.tensor(goal, device=device)
     return known, tuple(forwards)

@@ -47,7 +47,7 @@ class KvCache:
         if free is not None and needed > free:
             raise CacheTooLarge(
                 f"the KV cache of {batch} sequences x {max_tokens} tokens needs {needed:,} bytes; {free:,} are free on "
-                f"{device}. Use a smaller batch or length: about {max(int(batch * free / needed), 0)} sequences of this length fit."
+                f"{device}. Use a smaller batch or length: about {int(batch * free / needed)} sequences of this length fit."
             )
         # zeros, not empty: back ends that mask scores but not loads would turn a stray NaN into NaN output
         self.kv = torch.zeros(layers, 2, batch, kv_heads, slots, head_dim, dtype=dtype, device=device)

@@ -13,7 +13,7 @@ import torch
 
 from ..records import SpecConfig
 from .attention import AttentionBackend, chain_reads, draft_step_reads
-from .batch import Batch, keys_read, read_committed
+from .batch import Batch, Forward, count_forward, read_committed
 from .cache import KvCache
 from .clocks import Clock, Phase
 from .models.runner import Runner
@@ -24,9 +24,9 @@ NGRAM_SIZES = (4, 3, 2)  # longest match first
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """What a proposal read, exactly: draft forwards [(query tokens per row, keys read over all rows)]."""
+    """What a proposal cost: its draft forwards."""
 
-    forwards: tuple[tuple[int, int], ...] = ()
+    forwards: tuple[Forward, ...] = ()
 
 
 class Drafter(Protocol):
@@ -59,7 +59,7 @@ def _draft_chain(
         tokens.append(token)
         if law is not None:
             laws.append(law)
-        cost.append((width, keys_read(host_committed, step + 1, width, config.view)))
+        cost.append(count_forward(host_committed if step else [n - lag for n in host_committed], width, config.view, step))
         fed = token[:, None]
     counts = torch.full_like(committed, config.depth)
     proposal = Proposal(torch.stack(tokens, 1), counts, torch.stack(laws, 1) if laws else None)

@@ -128,15 +128,15 @@ class Engine:
         return tuple(self.pair.tokenizer.encode(prompt))
 
     def _check(self, workload: Workload) -> None:
-        limit, vocab = self.pair.target.max_length, self.pair.target.shape.vocab
+        name, limit, vocab = self.pair.target.name, self.pair.target.max_length, self.pair.target.shape.vocab
         for row, prompt in enumerate(workload.prompts):
             if len(prompt) > limit:
-                raise PromptTooLong(f"prompt {row} has {len(prompt)} tokens; {self.pair.target.name} has {limit} positions. Shorten it.")
+                raise PromptTooLong(f"prompt {row} has {len(prompt)} tokens; {name} has {limit} positions. Shorten it.")
             if max(prompt) >= vocab or min(prompt) < 0:
-                raise ValueError(f"prompt {row} holds token id {max(prompt)}; {self.pair.target.name} knows ids 0 to {vocab - 1}")
+                raise ValueError(f"prompt {row} holds token id {max(prompt)}; {name} knows ids 0 to {vocab - 1}")
         if workload.max_tokens > limit + MAX_OVERRUN_TOKENS:
             raise PromptTooLong(
-                f"prompt and reply need {workload.max_tokens} tokens; {self.pair.target.name} was made for {limit}, and at most "
+                f"prompt and reply need {workload.max_tokens} tokens; {name} was made for {limit}, and at most "
                 f"{MAX_OVERRUN_TOKENS} beyond them are allowed. Ask for fewer new tokens."
             )
 
@@ -159,7 +159,10 @@ class Engine:
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
             config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target),
             draft=_facts(self.pair.draft) if self.pair.draft else None, backend=self.backend.name, refused=self.refused,
-            machine={**machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(), "torch_device": str(device)},
+            machine={
+                **machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(),
+                "torch_device": str(device),
+            },
             versions={"specdec_lab": __version__, **machine.versions()}, commit=machine.commit(), seed=workload.seed,
             temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
             ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
@@ -224,7 +227,9 @@ def _chooser(choose: Any, identity: Identity) -> tuple[Choose, SpecConfig | None
         return choose.chooser(identity), None
     if callable(choose):
         return choose, None
-    raise TypeError(f"config must be a spelling such as 'self:4+60/chain3', a SpecConfig, a Policy or a function, got {choose!r}")
+    raise TypeError(
+        f"config must be a spelling such as 'self:4+60/chain3', a SpecConfig, a Policy or a function, got {choose!r}"
+    )
 
 
 def _spelling(choose: Any) -> str:
@@ -236,7 +241,8 @@ def _spelling(choose: Any) -> str:
 def _facts(runner: Runner) -> dict[str, Any]:
     element = runner.dtype.itemsize
     return {
-        "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind, "dtype": str(runner.dtype).removeprefix("torch."),
+        "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
+        "dtype": str(runner.dtype).removeprefix("torch."),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(element),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(element), "max_length": runner.max_length,
     }

@@ -14,7 +14,7 @@ import torch
 from ..records import KvView, SpecConfig, StepRecord, UnsupportedConfig
 from ..workload import Workload
 from .attention import AttentionBackend, chain_reads
-from .batch import Batch, keys_read, read_committed
+from .batch import Batch, Forward, count_forward, read_committed
 from .calibrate import Ceilings
 from .clocks import Clock, Lap, Phase
 from .drafters import DraftCost, ModelDrafter, NgramDrafter, SelfDrafter
@@ -97,7 +97,9 @@ class Session:
             raise UnsupportedConfig(f"{config}: the {self._backend.name} back end reads windows, not SnapKV index lists. "
                                     f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
         if config.drafter == "model" and self._pair.draft is None:
-            raise UnsupportedConfig(f"{config}: no draft model is loaded. Load one with load(..., draft=...), or draft with self or ngram.")
+            raise UnsupportedConfig(
+                f"{config}: no draft model is loaded. Load one with load(..., draft=...), or draft with self or ngram."
+            )
         if config.num_nodes >= DRAFT_MARGIN:
             raise UnsupportedConfig(f"{config}: at most {DRAFT_MARGIN - 1} tokens can be drafted in a round")
 
@@ -151,11 +153,11 @@ class Session:
             proposal, draft_cost = self._propose(config)
             decision, width = self._verify(proposal)
             self._clock.enter(Phase.COMMIT)
-            drafted = proposal.counts.tolist()
+            counts = proposal.counts.tolist()
             commit = self._commit(decision)
             self._clock.enter(Phase.HOST)
-        drafted = tuple(d if t else 0 for d, t in zip(drafted, commit.tokens, strict=True))
-        verify = ((width, keys_read(list(context), width, width, KvView.full())),)
+        drafted = tuple(d if t else 0 for d, t in zip(counts, commit.tokens, strict=True))
+        verify = (count_forward(list(context), width, KvView.full()),)
         return self._record("round", config, context, drafted, commit, draft_cost, verify)
 
     def _propose(self, config: SpecConfig) -> tuple[Proposal, DraftCost]:
@@ -237,7 +239,7 @@ class Session:
 
     def _record(
         self, kind: str, config: SpecConfig, context: tuple[int, ...], drafted: tuple[int, ...], commit: _Commit,
-        draft_cost: DraftCost, forwards: tuple[tuple[int, int], ...],
+        draft_cost: DraftCost, forwards: tuple[Forward, ...],
     ) -> StepRecord:
         """Read the clock and put measured times beside exact counts."""
         lap = self._clock.lap()
@@ -254,11 +256,11 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """Exact bytes and FLOPs of some forwards [(query tokens per row, keys read over all rows)] of one model."""
+    """Exact bytes and FLOPs of some forwards of one model."""
 
     runner: Runner | None
     rows: int
-    forwards: tuple[tuple[int, int], ...]
+    forwards: tuple[Forward, ...]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -266,11 +268,11 @@ class _Counted:
 
     @property
     def kv_read_bytes(self) -> int:
-        return sum(keys for _, keys in self.forwards) * self.kv_bytes_per_token
+        return sum(f.keys for f in self.forwards) * self.kv_bytes_per_token
 
     @property
     def kv_write_bytes(self) -> int:
-        return sum(width for width, _ in self.forwards) * self.rows * self.kv_bytes_per_token
+        return sum(f.queries for f in self.forwards) * self.rows * self.kv_bytes_per_token
 
     @property
     def weight_bytes(self) -> int:
@@ -278,11 +280,11 @@ class _Counted:
 
     @property
     def linear_flops(self) -> int:
-        return self.runner.shape.linear_flops(self.rows * sum(w for w, _ in self.forwards)) if self.runner else 0
+        return self.runner.shape.linear_flops(self.rows * sum(f.queries for f in self.forwards)) if self.runner else 0
 
     @property
     def attention_flops(self) -> int:
-        return self.runner.shape.attention_flops(sum(w * keys for w, keys in self.forwards)) if self.runner else 0
+        return self.runner.shape.attention_flops(sum(f.pairs for f in self.forwards)) if self.runner else 0
 
 
 def _step_record(
@@ -306,5 +308,5 @@ def _step_record(
         kv_floor_s=floor_s, kv_read_bytes=target.kv_read_bytes, draft_kv_read_bytes=draft.kv_read_bytes,
         kv_write_bytes=target.kv_write_bytes + draft.kv_write_bytes, weight_bytes=target.weight_bytes + draft.weight_bytes,
         linear_flops=target.linear_flops + draft.linear_flops, attention_flops=target.attention_flops + draft.attention_flops,
-        query_tokens=max((w for w, _ in target.forwards), default=0), flags=tuple(flags),
+        query_tokens=max((f.queries for f in target.forwards), default=0), flags=tuple(flags),
     )

@@ -130,7 +130,7 @@ class HFRunner:
         rows = torch.arange(batch, device=tokens.device)[:, None] * queries
         # a prompt chunk needs no logits, but the interface computes at least one
         kept = (rows + (keep if keep is not None else torch.zeros(1, dtype=torch.int64, device=tokens.device))).reshape(-1)
-        out = self._model(
+        out: Tensor = self._model(
             input_ids=tokens.reshape(1, -1), position_ids=reads.positions.reshape(1, -1), use_cache=False,
             logits_to_keep=kept[:1] if keep is None else kept, sd_ctx=context,
         ).logits

@@ -41,7 +41,8 @@ class ModelPair:
 
     def __repr__(self) -> str:
         draft = self.draft.name if self.draft else "none"
-        return f"ModelPair({self.name!r}, target={self.target.name!r} [{self.target.kind}], draft={draft!r}, {self.target.dtype})"
+        target = f"{self.target.name!r} [{self.target.kind}]"
+        return f"ModelPair({self.name!r}, target={target}, draft={draft!r}, {self.target.dtype})"
 
 
 def load(
@@ -122,7 +123,9 @@ def _from_memory(
     model: Any, device: torch.device, dtype: str | torch.dtype, runner: str
 ) -> tuple[Runner, None, tuple[int, ...]]:
     if not hasattr(model, "config") or not hasattr(model, "state_dict"):
-        raise ModelNotFound(f"a model must be 'demo', a folder, a hub name or a transformers causal LM, got {type(model).__name__}")
+        raise ModelNotFound(
+            f"a model must be 'demo', a folder, a hub name or a transformers causal LM, got {type(model).__name__}"
+        )
     reason = fast_llama.why_not(model.config)
     if runner == "fast" and reason:
         raise ValueError(f"{reason}. Use runner='hf'.")
@@ -151,8 +154,9 @@ def _dtype(dtype: str | torch.dtype, config: Any, device: torch.device) -> torch
 def _hf_model(where: str, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
-    problems = [f"missing {n}" for n in sorted(info["missing_keys"])] + [f"unexpected {n}" for n in sorted(info["unexpected_keys"])]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    problems = [f"{what} {n}" for what in ("missing", "unexpected") for n in sorted(info[f"{what}_keys"])]
     if problems:  # transformers would fill the missing ones with random numbers
         raise WeightsMismatch(f"the weights at {where!r} do not fit their configuration: {'; '.join(problems[:6])}")
     return model.to(device)
@@ -201,5 +205,6 @@ def _check_vocabularies(target: Runner, tokenizer: Any, draft: Runner, draft_tok
         differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
         raise TokenizerMismatch(
             f"the tokenizers of {target.name!r} and {draft.name!r} differ in {len(differing)} entries, for example "
-            f"{differing[0]!r}: {mine.get(differing[0])} against {theirs.get(differing[0])}. Use a draft trained with the target's tokenizer."
+            f"{differing[0]!r}: {mine.get(differing[0])} against {theirs.get(differing[0])}. "
+            "Use a draft trained with the target's tokenizer."
         )
