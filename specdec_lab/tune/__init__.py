@@ -1,0 +1,23 @@
+"""The tuner: search configurations per cell against plain decoding, keep every measurement, make a policy.
+
+    from specdec_lab.tune import Database, make_plan, tune
+    plan = make_plan([1, 4], [512, 1024], budget_s=120, drafters=["self", "ngram"])
+    policy = tune(plan, measure, identity, Database("tuning_db", identity, "demo"), run_dir="runs/first", workload="prose")
+
+Knows records, summary and policy; Optuna is loaded when a search starts. The engine reaches it as `measure(cell, config)`.
+"""
+
+from __future__ import annotations
+
+from .assemble import verify
+from .blocks import Measure
+from .db import Database, DatabaseError, Design, Measurement, read_file
+from .folder import PlanChanged
+from .grid import Plan, Protocol, candidates, make_plan
+from .shelf import Location, Merged, describe, find_database, locations, merge
+from .study import Progress, tune
+
+__all__ = [
+    "Database", "DatabaseError", "Design", "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "Progress",
+    "Protocol", "candidates", "describe", "find_database", "locations", "make_plan", "merge", "read_file", "tune", "verify",
+]  # fmt: skip

@@ -1,0 +1,217 @@
+"""From recorded blocks to a policy, as a pure function: the same records give the same bytes, so a policy can be verified.
+
+Claims come from confirming duels alone; other blocks only say what the winners of other cells are worth in a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..policy import Estimate, Policy, Row, Rules, canonical
+from ..records import Cell, SpecConfig
+from .db import Measurement, read_file
+from .duel import Verdict, verdict
+from .grid import Protocol
+
+MAX_PORTFOLIO = 8  # beside `off`; each configuration is a set of graphs and caches in an engine
+PORTFOLIO_LOSS = 0.003  # mean log speed-up that may be lost by leaving winners out
+
+State = tuple[str, str]  # a row's state, and the reason for it
+
+
+@dataclass(frozen=True, slots=True)
+class CellEvidence:
+    """What is recorded of one cell: speed of plain decoding, and blocks per configuration and kind."""
+
+    cell: Cell
+    plain: tuple[Measurement, ...]
+    blocks: Mapping[str, Mapping[str, Sequence[Measurement]]]
+
+    @classmethod
+    def of(cls, cell: Cell, measurements: Iterable[Measurement]) -> CellEvidence:
+        """Sort the good records of a cell."""
+        blocks: dict[str, dict[str, list[Measurement]]] = {}
+        plain = []
+        for record in sorted(measurements, key=lambda m: (m.design.block, m.id)):
+            if record.cell == cell and record.config == "off":
+                plain.append(record)
+            elif record.cell == cell and "log_speedup" in record.summary:
+                blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
+        return cls(cell, tuple(plain), blocks)
+
+    def duel(self, config: str, protocol: Protocol) -> Verdict | None:
+        """The verdict of a complete duel."""
+        blocks = self.blocks.get(config, {}).get("duel", ())
+        return verdict(blocks) if len(blocks) >= protocol.duel_blocks else None
+
+    def best(self, config: str, protocol: Protocol) -> Sequence[Measurement]:
+        """The blocks that say most about a configuration: its duel, else all others."""
+        kinds = self.blocks.get(config, {})
+        if self.duel(config, protocol):
+            return kinds["duel"]
+        return [block for kind in ("race", "pilot", "duel") for block in kinds.get(kind, ())]
+
+    def winner(self, protocol: Protocol) -> str:
+        """The configuration whose duel has the highest lower bound above `min_speedup`, else `off`."""
+        duels = {config: found for config in self.blocks if (found := self.duel(config, protocol))}
+        able = {config: found.low for config, found in duels.items() if found.exceeds(protocol.min_speedup)}
+        return max(able, key=lambda config: (able[config], config), default="off")
+
+    def estimate(self, config: str, protocol: Protocol) -> Estimate | None:
+        """What a configuration is worth here; None with fewer than two blocks."""
+        blocks = self.best(config, protocol)
+        found = verdict(blocks)
+        if found is None:
+            return None
+        return Estimate(
+            speedup=math.exp(found.mean), ci95=(math.exp(found.low), math.exp(found.high)), how="measured",
+            ids=tuple(block.id for block in blocks), break_even_acceptance_length=_break_even(blocks),
+        )  # fmt: skip
+
+
+def _break_even(blocks: Sequence[Measurement]) -> float:
+    """Round over plain step. Plain decoding yields 1 token per row and round, so it is tokens per round / speed-up."""
+    ratios: list[float] = [b.summary["tokens_per_round"]["mean"] / math.exp(b.summary["log_speedup"]) for b in blocks]
+    return _geometric(ratios)
+
+
+def _geometric(values: Iterable[float]) -> float:
+    return math.exp(fmean(math.log(value) for value in values))
+
+
+def assemble(
+    header: Mapping[str, Any], rules: Rules, states: Mapping[Cell, State], measurements: Iterable[Measurement]
+) -> Policy:
+    """The policy that these records support, for these cells."""
+    protocol = Protocol(**header["protocol"])
+    good = [m for m in measurements if m.status == "ok" and _belongs(m, header)]
+    cells = {cell: CellEvidence.of(cell, good) for cell, (state, _) in states.items() if state == "tuned"}
+    portfolio = choose_portfolio(cells.values(), protocol)
+    rows = []
+    for cell, (state, reason) in sorted(states.items()):
+        rows.append(_row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason))
+    return Policy(header, rules, portfolio, tuple(rows))
+
+
+def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+    kind = SpecConfig.parse(record.config).drafter
+    drafter = "0" * 12 if kind == "off" else header["drafters"].get(kind)
+    same = (record.workload, record.temperature) == (header["workload"], header["temperature"])
+    return same and record.fp == f"{header['base']}.{drafter}"
+
+
+def choose_portfolio(cells: Iterable[CellEvidence], protocol: Protocol) -> tuple[str, ...]:
+    """`off` and the winners that matter: taken greedily until what is left out is worth less than PORTFOLIO_LOSS."""
+    cells = tuple(cells)
+    winners = {winner for cell in cells if (winner := cell.winner(protocol)) != "off"}
+    worth = {config: [_worth(cell, config, protocol) for cell in cells] for config in sorted(winners)}
+    chosen: list[str] = []
+
+    def total(configs: Sequence[str]) -> float:
+        return sum(max((worth[config][i] for config in configs), default=0.0) for i in range(len(cells)))
+
+    while len(chosen) < min(MAX_PORTFOLIO, len(worth)) and total([*worth]) - total(chosen) > PORTFOLIO_LOSS * len(cells):
+        chosen.append(max((c for c in worth if c not in chosen), key=lambda config: (total([*chosen, config]), config)))
+    return ("off", *chosen)
+
+
+def _worth(cell: CellEvidence, config: str, protocol: Protocol) -> float:
+    """Lower bound (log) if it passes the gate, else 0; at most that of the cell's confirmed winner."""
+    winner = cell.winner(protocol)
+    return 0.0 if winner == "off" else min(_low(cell, config, protocol), _low(cell, winner, protocol))
+
+
+def _low(cell: CellEvidence, config: str, protocol: Protocol) -> float:
+    found = verdict(cell.best(config, protocol))
+    return found.low if found and found.exceeds(protocol.min_speedup) else 0.0
+
+
+def _row(cell: CellEvidence, portfolio: Sequence[str], protocol: Protocol) -> Row:
+    if not cell.plain:
+        return Row(cell.cell, "not_visited", "no record of plain decoding in this cell")
+    estimates = {c: e for c in portfolio if c != "off" and (e := cell.estimate(c, protocol))}
+    row = Row(
+        cell.cell, "tuned", config="off", speedup=1.0, speedup_ci95=(1.0, 1.0), estimates=estimates,
+        baseline_tokens_per_s=_geometric(record.summary["tokens_per_s"] for record in cell.plain),
+        details={"num_trials": len(cell.blocks), **_best_candidate(cell, protocol)},
+    )  # fmt: skip
+    winner = cell.winner(protocol)
+    if winner not in portfolio:  # left out because another is as good: take that one, if its interval passes the gate
+        winner = max((c for c in portfolio if _worth(cell, c, protocol)), key=lambda c: _low(cell, c, protocol), default="off")
+    if winner == "off":
+        return replace(row, tokens_per_s=row.baseline_tokens_per_s)
+    return _speculating(row, winner, cell.best(winner, protocol))
+
+
+def _speculating(row: Row, config: str, blocks: Sequence[Measurement]) -> Row:
+    estimate, found = row.estimates[config], verdict(blocks)
+    assert found is not None  # an estimate exists
+    speed = _geometric(block.summary["tokens_per_s"] for block in blocks)
+    return replace(
+        row, config=config, speedup=estimate.speedup, speedup_ci95=estimate.ci95, tokens_per_s=speed,
+        baseline_tokens_per_s=speed / estimate.speedup,
+        details={
+            **row.details, **_acceptance(blocks), "num_blocks": found.num_blocks, "num_row_rounds": found.num_row_rounds,
+            "confirmed_by": sorted({block.kind for block in blocks}),
+            "break_even_acceptance_length": estimate.break_even_acceptance_length,
+            **{name: fmean(b.summary[name] for b in blocks) for name in ("draft_s", "verify_s", "kv_read_bytes")},
+        },
+    )  # fmt: skip
+
+
+def _acceptance(blocks: Sequence[Measurement]) -> dict[str, Any]:
+    """Mean acceptance length (bonus included) and marginal acceptance per position, pooled over blocks."""
+    steps, histogram = 0, [0] * max(len(b.summary["acceptance_histogram"]) for b in blocks)
+    drafted_at = [0] * max(len(b.summary["drafted_at"]) for b in blocks)
+    for block in blocks:
+        steps += block.summary["num_spec_steps"]
+        for into, name in ((histogram, "acceptance_histogram"), (drafted_at, "drafted_at")):
+            for i, count in enumerate(block.summary[name]):
+                into[i] += count
+    accepted = [sum(histogram[i + 1 :]) for i in range(len(drafted_at))]
+    return {
+        "mean_acceptance_length": 1 + sum(j * n for j, n in enumerate(histogram)) / max(steps, 1),
+        "acceptance_rate_per_pos": [a / n for a, n in zip(accepted, drafted_at, strict=True) if n],
+    }
+
+
+def _best_candidate(cell: CellEvidence, protocol: Protocol) -> dict[str, Any]:
+    """The best that was tried, also where plain decoding won: the reader wants to know by how much it lost."""
+    found = {config: v for config in cell.blocks if (v := verdict(cell.best(config, protocol)))}
+    if not found:
+        return {}
+    best = max(found, key=lambda config: (found[config].mean, config))
+    ends = [math.exp(found[best].low), math.exp(found[best].high)]
+    return {"best_candidate": {"config": best, "speedup": math.exp(found[best].mean), "ci95": ends}}
+
+
+def states_of(policy: Policy) -> dict[Cell, State]:
+    """The states that the tuner gave the cells of a policy."""
+    return {row.cell: (row.state, row.reason) for row in policy.table}
+
+
+def verify(path: Path | str, folder: Path | str | None = None) -> tuple[str, ...]:
+    """Rebuild a policy file from the evidence that it names, and say what differs; nothing when it is the same bytes.
+
+    folder  that holds the evidence; the policy's own when None
+    """
+    path = Path(path)
+    policy = Policy.load(path)
+    problems: list[str] = []
+    records: list[Measurement] = []
+    for item in policy.header["evidence"]:
+        contents = read_file(Path(folder or path.parent) / item["file"], item.get("bytes"))
+        records += contents.measurements
+        if contents.sha256 != item["sha256"]:
+            problems.append(f"{item['file']}: the first {item.get('bytes')} bytes are not those that the policy was made from")
+    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records)
+    if rebuilt.dumps() != path.read_text(encoding="utf-8"):
+        rows = zip(policy.table, rebuilt.table, strict=True)
+        changed = [str(old.cell) for old, new in rows if canonical(old.to_dict()) != canonical(new.to_dict())]
+        problems.append(f"rebuilding gives other bytes: cells {', '.join(changed) or 'none, but the portfolio'} differ")
+    return tuple(problems)

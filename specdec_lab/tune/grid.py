@@ -1,0 +1,177 @@
+"""Which cells and configurations are searched, in which order, with which share of the budget. Nothing is measured here.
+
+A cell that does not fit in memory is dropped before anything runs, with the bytes as its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..records import Cell, KvView, SpecConfig, TreeShape
+
+SINK = 4
+WINDOWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # sink and recent together
+CHAINS = (1, 2, 3, 4, 5, 6, 7, 8)
+MIN_DUEL_BLOCKS = 6
+
+Fits = Callable[[Cell], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How a result is measured and when it counts.
+
+    A block is four runs, plain-candidate-candidate-plain or the reverse. `*_s` are the longest scored time of one such
+    run; a small budget shortens the runs, not their number, down to `min_rounds`.
+    """
+
+    race_run_s: float = 0.4
+    duel_run_s: float = 2.0
+    min_rounds: int = 4  # scored, per run
+    warmup_rounds: int = 1  # per run, not scored
+    race_blocks: int = 6
+    duel_blocks: int = MIN_DUEL_BLOCKS
+    pilot_blocks: int = 4
+    max_trials: int = 40  # per cell
+    hopeless: float = 0.25  # a race ends this / blocks (log) below the best, until the spread of blocks is known
+    blocks_per_cell: int = 40  # that a cell's share of the budget is cut into
+    duel_share: float = 0.4  # of a cell's share
+    fill_share: float = 0.12  # of the whole budget, kept to measure the winners of some cells in the others
+    busy_retries: int = 4  # per cell
+    min_speedup: float = 1.03
+    tie: float = 0.02  # within the interval, and at most this far from the best, the plainer configuration wins
+
+    def __post_init__(self) -> None:
+        if self.duel_blocks < MIN_DUEL_BLOCKS:
+            raise ValueError(f"Protocol.duel_blocks must be at least {MIN_DUEL_BLOCKS}, got {self.duel_blocks}")
+        if self.min_rounds < 2 or min(self.race_blocks, self.pilot_blocks, self.max_trials) < 1:
+            raise ValueError("Protocol needs at least 2 rounds per run, and 1 block and 1 trial")
+        if self.min_speedup < 1:
+            raise ValueError(f"Protocol.min_speedup must be at least 1, got {self.min_speedup}: slower is never chosen")
+
+    def race_seconds(self, share_s: float) -> float:
+        """Scored seconds of one run of a race, for a cell that may take `share_s`."""
+        return min(self.race_run_s, share_s * (1 - self.duel_share) / (4 * self.blocks_per_cell))
+
+    def duel_seconds(self, share_s: float) -> float:
+        """Scored seconds of one run of a duel: longer, because it sees more text."""
+        return min(self.duel_run_s, share_s * self.duel_share / (4 * self.duel_blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be tuned: cells in the order of measuring, candidates of each (`off` is always measured beside them)."""
+
+    cells: tuple[Cell, ...]
+    configs: Mapping[Cell, tuple[SpecConfig, ...]]
+    budget_s: float
+    infeasible: Mapping[Cell, str] = field(default_factory=dict)
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        if not self.budget_s > 0:
+            raise ValueError(f"Plan.budget_s must be above 0, got {self.budget_s}")
+        if len(set(self.cells)) != len(self.cells):
+            raise ValueError("Plan.cells holds a cell twice")
+        if empty := [str(cell) for cell in self.cells if not self.configs.get(cell)]:
+            raise ValueError(f"no candidate for {', '.join(empty)}: load a drafter, or allow a window not above the length")
+
+    @property
+    def all_cells(self) -> tuple[Cell, ...]:
+        """Feasible and infeasible cells, sorted."""
+        return tuple(sorted((*self.cells, *self.infeasible)))
+
+    def share_s(self, seconds_left: float, cells_left: int) -> float:
+        """What the next cell may take."""
+        return seconds_left / max(cells_left, 1)
+
+    @property
+    def fill_s(self) -> float:
+        """Seconds kept for the last stage; none where there is one cell, which has nothing to fill."""
+        return self.budget_s * self.protocol.fill_share if len(self.cells) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; what makes two plans the same experiment, so without the budget."""
+        return {
+            "cells": [str(cell) for cell in self.cells],
+            "configs": {str(cell): [str(config) for config in self.configs[cell]] for cell in self.cells},
+            "infeasible": {str(cell): reason for cell, reason in self.infeasible.items()},
+            "protocol": asdict(self.protocol),
+        }
+
+    def describe(self) -> str:
+        """What `--dry-run` prints."""
+        share = self.share_s(self.budget_s - self.fill_s, len(self.cells))
+        race, duel = self.protocol.race_seconds(share), self.protocol.duel_seconds(share)
+        lines = [
+            f"{len(self.cells)} cells in at most {self.budget_s:g} s: {share:.1f} s each"
+            + (f", {self.fill_s:.1f} s to measure winners in the other cells" if self.fill_s else ""),
+            f"a block = 4 runs (plain, candidate, candidate, plain) of about {race:.2g} s, in the confirming duel "
+            f"{duel:.2g} s, at least {self.protocol.min_rounds} rounds each",
+            f"up to {self.protocol.max_trials} trials a cell; it speculates if the lower bound of {self.protocol.duel_blocks} "
+            f"duel blocks exceeds {self.protocol.min_speedup:g}x",
+        ]
+        lines += [f"  {i + 1}. {cell}: {_count(self.configs[cell])}" for i, cell in enumerate(self.cells)]
+        lines += [f"  -  {cell}: left out, {reason}" for cell, reason in sorted(self.infeasible.items())]
+        return "\n".join(lines)
+
+
+def _count(configs: Sequence[SpecConfig]) -> str:
+    kinds = dict.fromkeys(config.drafter for config in configs)
+    parts = [f"{sum(config.drafter == kind for config in configs)} {kind}" for kind in kinds]
+    return f"{len(configs)} candidates ({', '.join(parts)})"
+
+
+def make_plan(
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    budget_s: float,
+    drafters: Sequence[str],
+    *,
+    fits: Fits = lambda cell: None,
+    windows: Sequence[int] = WINDOWS,
+    chains: Sequence[int] = CHAINS,
+    protocol: Protocol | None = None,
+) -> Plan:
+    """All cells of batches x lengths, cheapest first, each with every candidate of the loaded drafters.
+
+    fits  a cell -> None, or the reason in words, with bytes, why it does not fit; asked before anything runs
+    """
+    if not batches or not lengths:
+        raise ValueError("a plan needs at least one batch and one length, for example --batches 1,4 --lengths 512,1k")
+    cells = sorted({Cell(b, s) for b in batches for s in lengths}, key=lambda c: (c.batch * c.length, c))
+    reasons = {cell: fits(cell) for cell in cells}
+    feasible = tuple(cell for cell in cells if reasons[cell] is None)
+    configs = {cell: candidates(cell, drafters, windows, chains) for cell in feasible}
+    infeasible = {cell: reason for cell, reason in reasons.items() if reason is not None}
+    return Plan(feasible, configs, budget_s, infeasible, protocol or Protocol())
+
+
+def candidates(
+    cell: Cell, drafters: Sequence[str], windows: Sequence[int] = WINDOWS, chains: Sequence[int] = CHAINS
+) -> tuple[SpecConfig, ...]:
+    """Every drafter, window not above the context, and chain."""
+    views = [KvView.window(SINK, total - SINK) for total in windows if SINK < total <= cell.length]
+    found: list[SpecConfig] = []
+    for drafter in drafters:
+        for view in [None] if drafter == "ngram" else views:
+            found += [SpecConfig(drafter, view, TreeShape.chain(n)) for n in chains]
+    return tuple(found)
+
+
+def starting_points(configs: Sequence[SpecConfig], cell: Cell) -> tuple[SpecConfig, ...]:
+    """One good guess per drafter: a sixteenth of the context, at least 64 tokens, as window; a chain of 3."""
+    wanted = math.log2(max(64, cell.length / 16))
+    guesses = []
+    for kind in dict.fromkeys(config.drafter for config in configs):
+        mine = [config for config in configs if config.drafter == kind]
+        guesses.append(min(mine, key=lambda c: (abs(_log_window(c, cell) - wanted), abs(c.num_nodes - 3), str(c))))
+    return tuple(guesses)
+
+
+def _log_window(config: SpecConfig, cell: Cell) -> float:
+    tokens = config.view.max_tokens if config.view else None
+    return math.log2(tokens or cell.length)

@@ -1,0 +1,297 @@
+"""Tune: per cell an Optuna search against plain decoding, a confirming duel, and at the end a policy from the records.
+
+The tuner asks for steps by a function `measure(cell, config)`; the engine, a replay or a synthetic world gives them. Only
+this process writes. Not known here: engine, view.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ..policy import Policy, Rules
+from ..records import Cell, Identity, SpecConfig
+from .assemble import CellEvidence, State, assemble, choose_portfolio
+from .blocks import Clock, Measure
+from .db import Database, Measurement, read_file
+from .duel import finalist, verdict
+from .folder import RunFolder
+from .grid import Plan, starting_points
+from .runner import FINAL_FAILURES, BlockRunner, Setting
+from .search import CellSearch, Trial, open_journal, quiet_optuna
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_NEIGHBOURS = 3  # winners of other cells that a search starts from
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is going on, reported before and after each block.
+
+    stage    search, duel, fill, or cell (a cell is finished)
+    done     cells finished, of `total`
+    best     leader of this cell, or its result, with its speed-up over plain decoding so far (1.0 = `off`)
+    block    of this configuration; None of `status` before it is measured
+    """
+
+    cell: Cell
+    config: str
+    stage: str
+    done: int
+    total: int
+    elapsed_s: float
+    eta_s: float
+    best: str
+    speedup: float
+    block: int = 0
+    status: str | None = None
+    log_speedup: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def tune(
+    plan: Plan,
+    measure: Measure,
+    identity: Identity,
+    database: Database,
+    *,
+    run_dir: Path | str,
+    workload: str,
+    temperature: float = 0.0,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+    report: Report = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
+    now: Callable[[], str] = lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+) -> Policy:
+    """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
+
+    measure      (cell, config) -> steps from the end of the prompt; raises UnsupportedConfig or MemoryError where it cannot
+    run_dir      studies, raw samples, policy.json; called again with the same folder and plan it goes on where it stopped
+    stop         asked between blocks; True, or an interrupt, ends the run: what is recorded stays, at most the running block
+                 is lost, and the policy says `interrupted`
+    raises       DatabaseError where records cannot be written; it carries the finished measurements
+    """
+    started = clock()
+    database.flush()
+    database.check_writable()
+    with RunFolder(Path(run_dir), plan, identity, workload, temperature, seed) as folder, quiet_optuna():
+        setting = Setting(folder.name, folder.path, identity, workload, temperature, seed, plan.protocol, clock, now)
+        tuner = _Tuner(plan, BlockRunner(measure, database, setting), database, setting, folder, report, stop, started)
+        try:
+            tuner.run()
+        except KeyboardInterrupt:
+            tuner.interrupted = True
+        database.flush()
+        policy = tuner.policy()
+        policy.save(folder.path / "policy.json")
+    return policy
+
+
+class _Tuner:
+    def __init__(
+        self, plan: Plan, runner: BlockRunner, database: Database, setting: Setting, folder: RunFolder, report: Report,
+        stop: Callable[[], bool], started: float,
+    ) -> None:
+        self._plan, self._runner, self._database, self._set = plan, runner, database, setting
+        self._folder, self._report_to, self._stop_asked = folder, report, stop
+        self._started = started
+        self._storage: optuna.storages.BaseStorage = open_journal(folder.path / "journal.log")
+        self._states: dict[Cell, State] = {cell: ("infeasible", reason) for cell, reason in plan.infeasible.items()}
+        self._states |= folder.finished
+        self._leader: tuple[SpecConfig, float] = (SpecConfig.off(), 0.0)
+        self._race_s: dict[Cell, float] = {}
+        self.interrupted = False
+
+    @property
+    def _deadline(self) -> float:
+        return self._started + self._plan.budget_s
+
+    def _left(self) -> float:
+        return self._deadline - self._set.clock()
+
+    def _is_over(self) -> bool:
+        self.interrupted = self.interrupted or self._stop_asked()
+        return self.interrupted or self._left() <= 0
+
+    def run(self) -> None:
+        """Visit the cells, then measure the winners of some in the others."""
+        for cell in self._plan.cells:
+            if cell not in self._states and not self._is_over():
+                self._visit(cell)
+        self._fill()
+
+    def _visit(self, cell: Cell) -> None:
+        open_cells = sum(c not in self._states for c in self._plan.cells)
+        share = self._plan.share_s(max(self._left() - self._plan.fill_s, 0.0), open_cells)
+        protocol, begun = self._plan.protocol, self._set.clock()
+        self._race_s[cell] = protocol.race_seconds(share)
+        plain = self._runner.prepare(cell, self._race_s[cell])
+        if plain.status != "ok":
+            self._finish(cell, ("infeasible", plain.reason))
+            return
+        search = self._search(cell, begun + share * (1 - protocol.duel_share))
+        self._finish(cell, self._decide(cell, search, protocol.duel_seconds(share)))
+
+    def _search(self, cell: Cell, until: float) -> CellSearch:
+        """Race configurations until the time is used, the trials are, or there is nothing left to try."""
+        first, *others = [*self._neighbours(cell), *self._starts(cell)]
+        priors = (first, *self._starts(cell), *others)  # the nearest winner sets the mark for the guesses
+        search = CellSearch(self._storage, cell, self._plan.configs[cell], priors, self._set.seed, self._plan.protocol)
+        self._leader = search.best
+        while search.num_known < self._plan.protocol.max_trials and self._set.clock() < until and not self._is_over():
+            trial = search.ask()
+            if trial is None:
+                break
+            self._race(cell, trial, until)
+            self._leader = search.best
+        return search
+
+    def _starts(self, cell: Cell) -> tuple[SpecConfig, ...]:
+        return starting_points(self._plan.configs[cell], cell)
+
+    def _race(self, cell: Cell, trial: Trial, until: float) -> None:
+        for index in range(self._plan.protocol.race_blocks):
+            if index and (self._set.clock() >= until or self._is_over()):
+                break
+            record = self._block(cell, trial.config, "race", index, self._race_s[cell])
+            if record.status in FINAL_FAILURES:
+                trial.fail(record.status)
+                return
+            if trial.report(record.summary["log_speedup"]):
+                break
+        trial.finish()
+
+    def _decide(self, cell: Cell, search: CellSearch, seconds: float) -> State:
+        """Duel the best of the race against plain decoding; a cell whose races nobody won is decided without."""
+        if self.interrupted or not search.has_tried(self._starts(cell)):
+            why = "interrupted" if self.interrupted else "the budget ended"
+            return "not_visited", f"{why} after {search.num_known} trials"
+        found = self._evidence(cell).blocks
+        races = {c: blocks for c in search.known if (blocks := found.get(str(c), {}).get("race", ()))}
+        if not races:
+            return "tuned", ""
+        best = finalist(races, self._winners(), self._plan.protocol.tie)
+        if fmean(block.summary["log_speedup"] for block in races[best]) <= 0:
+            return "tuned", ""
+        for index in range(self._plan.protocol.duel_blocks):
+            if self._is_over():
+                return "not_visited", f"{best} led after {search.num_known} trials, the budget ended before it was confirmed"
+            record = self._block(cell, best, "duel", index, seconds)
+            if record.status in FINAL_FAILURES:
+                break
+        return "tuned", ""
+
+    def _fill(self) -> None:
+        """Winners of some cells measured in the others, so that lookup can interpolate between them."""
+        for config in map(SpecConfig.parse, self._portfolio()[1:]):
+            for cell in (c for c in self._plan.cells if self._states.get(c, ("", ""))[0] == "tuned"):
+                if self._evidence(cell).estimate(str(config), self._plan.protocol) is not None:
+                    continue
+                self._leader = self._result(cell)
+                for index in range(self._plan.protocol.pilot_blocks):
+                    if self._is_over():
+                        return
+                    seconds = self._race_s.get(cell, self._plan.protocol.race_run_s)
+                    if self._block(cell, config, "pilot", index, seconds).status in FINAL_FAILURES:
+                        break
+
+    def _block(self, cell: Cell, config: SpecConfig, kind: str, index: int, seconds: float) -> Measurement:
+        stage = {"race": "search", "duel": "duel", "pilot": "fill"}[kind]
+        self._report(cell, str(config), stage, index, None)
+        record = self._runner.block(cell, config, kind, index, seconds)
+        self._report(cell, str(config), stage, index, record)
+        return record
+
+    def _finish(self, cell: Cell, state: State) -> None:
+        self._states[cell] = state
+        if state[0] != "not_visited":
+            self._folder.finish(cell, state)
+        self._leader = self._result(cell)
+        self._report(cell, str(self._leader[0]), "cell", 0, None)
+
+    def _report(self, cell: Cell, config: str, stage: str, block: int, record: Measurement | None) -> None:
+        done, total = sum(c in self._states for c in self._plan.cells), len(self._plan.cells)
+        elapsed = self._set.clock() - self._started
+        eta = min(max(self._left(), 0.0), elapsed / done * (total - done) + self._plan.fill_s if done else math.inf)
+        best, value = self._leader
+        log_speedup = record.summary.get("log_speedup") if record else None
+        status = record.status if record else self._states[cell][0] if stage == "cell" else None
+        self._report_to(
+            Progress(cell, config, stage, done, total, elapsed, eta, str(best), math.exp(value), block, status, log_speedup)
+        )
+
+    def _evidence(self, cell: Cell) -> CellEvidence:
+        here = (m for m in self._database if m.cell == cell and m.status == "ok")
+        return CellEvidence.of(cell, [m for m in here if self._runner.is_ours(m)])
+
+    def _result(self, cell: Cell) -> tuple[SpecConfig, float]:
+        evidence = self._evidence(cell)
+        winner = evidence.winner(self._plan.protocol)
+        found = verdict(evidence.best(winner, self._plan.protocol)) if winner != "off" else None
+        return SpecConfig.parse(winner), found.mean if found else 0.0
+
+    def _portfolio(self) -> tuple[str, ...]:
+        tuned = [self._evidence(cell) for cell, (state, _) in self._states.items() if state == "tuned"]
+        return choose_portfolio(tuned, self._plan.protocol)
+
+    def _winners(self) -> set[SpecConfig]:
+        return {self._result(cell)[0] for cell, (state, _) in self._states.items() if state == "tuned"}
+
+    def _neighbours(self, cell: Cell) -> tuple[SpecConfig, ...]:
+        """Winners of the finished cells, the nearest cell first."""
+
+        def distance(other: Cell) -> float:
+            return abs(math.log2(other.batch / cell.batch)) + abs(math.log2(other.length / cell.length))
+
+        done = sorted((c for c, (state, _) in self._states.items() if state == "tuned"), key=lambda c: (distance(c), c))
+        found = dict.fromkeys(self._result(other)[0] for other in done)
+        return tuple(config for config in found if not config.is_off)[:MAX_NEIGHBOURS]
+
+    def policy(self) -> Policy:
+        """The policy from what is on disk."""
+        states = {cell: self._states.get(cell, ("not_visited", self._why_not_visited())) for cell in self._plan.all_cells}
+        contents = {path.name: read_file(path) for path in self._database.paths()}
+        evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
+        records = [record for c in contents.values() for record in c.measurements]
+        header = policy_header(self._database, self._set, self._labels(states, records), evidence)
+        return assemble(header, Rules(min_speedup=self._plan.protocol.min_speedup), states, records)
+
+    def _why_not_visited(self) -> str:
+        return "interrupted before this cell" if self.interrupted else "the budget ended before this cell"
+
+    def _labels(self, states: Mapping[Cell, State], records: list[Measurement]) -> list[str]:
+        used = [m for m in records if m.status == "ok" and m.cell in states and self._runner.is_ours(m)]
+        labels = {label for m in used for label in m.env.get("labels", ())}
+        labels |= {"busy"} if any(m.env.get("busy") for m in used) else set()
+        labels |= {"partial"} if any(state == "not_visited" for state, _ in states.values()) else set()
+        return sorted(labels | ({"interrupted"} if self.interrupted else set()))
+
+
+def policy_header(
+    database: Database, setting: Setting, labels: list[str], evidence: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the numbers of a policy were measured on."""
+    from .. import __version__
+
+    identity = setting.identity
+    versions = {"specdec_lab": __version__, **{name: str(value) for name, value in identity.warn.items()}}
+    return {
+        "created": setting.now(), "device": identity.device, "count": identity.base.get("count", 1), "versions": versions,
+        "dtype": str(identity.base.get("dtype", "unknown")), "base": identity.base_fingerprint, "target": database.target,
+        "drafters": {kind: identity.drafter_fingerprint(kind) for kind in identity.drafters},
+        "exact": {"base": dict(identity.base), "drafters": {kind: dict(f) for kind, f in identity.drafters.items()}},
+        "workload": setting.workload, "temperature": setting.temperature, "labels": labels, "objective": "tokens_per_s",
+        "interval": "95 %: Student's t over paired blocks and the text sampled, in quadrature",
+        "run": setting.run, "seed": setting.seed, "protocol": asdict(setting.protocol), "evidence": evidence,
+    }  # fmt: skip
