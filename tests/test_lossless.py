@@ -10,6 +10,7 @@ from scipy import stats
 
 import specdec_lab as sd
 import tiny
+from specdec_kernels.tree_attention import cpu
 from specdec_lab.engine import sampling, verify
 from specdec_lab.engine.sampling import Noise, Processor, Purpose
 from specdec_lab.engine.verify import Proposal
@@ -18,6 +19,7 @@ CONFIGS = (
     "off", "self:4+12/chain3", "self:0+1/chain2", "self:3+2/chain7", "self:full/chain5", "model:4+12/chain4",
     "model:0+1/chain1", "model:full/chain3", "ngram/chain6", "model:2+600/chain2",
 )  # fmt: skip
+AUTOMATIC = "sdpa" if cpu.why_not(16, torch.float32) else "cpu"
 LENGTHS = [1, 2, 37, 64, 65, 130]  # ragged, one token, around multiples of a block
 
 
@@ -42,7 +44,8 @@ def expected():
 def test_greedy_speculation_equals_transformers_for_every_drafter(family, runner, expected):
     pair = sd.load(tiny.model(family), noisy_copy(tiny.model(family), 0.05), runner=runner)
     assert pair.target.kind == ("hf" if runner == "hf" or family == "olmo2" else "fast")
-    engine = sd.Engine(pair)
+    engine = sd.Engine(pair, backend="sdpa" if runner == "hf" else "auto")
+    assert engine.backend.name == ("sdpa" if runner == "hf" else AUTOMATIC)
     prompts = tiny.prompts(LENGTHS)
     accepted = {}
     for config in CONFIGS:
@@ -154,7 +157,7 @@ def test_a_growing_conversation_equals_decoding_each_turn_from_scratch():
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 VOCABULARY, JOINT = 5, 4
-SAMPLING = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "eos_token_id": 0}
+SAMPLING = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "eos_token_id": 0}
 PROMPT = [1, 4, 2, 3, 3, 1]
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
 FAMILIES = {
@@ -32,7 +32,7 @@ FAMILIES = {
 def model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     """A float32 transformers model with weights large enough that greedy text does not loop at once."""
     config_class, model_class = FAMILIES[family]
-    extra = {"head_dim": 8} if family == "qwen3" else {}
+    extra = {"head_dim": 16} if family == "qwen3" else {}
     if family == "mistral":
         extra["sliding_window"] = None
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """The seam to hardware: what one forward reads (`Reads`), and the back ends that attend to it.
 
 A back end plans once per forward (masks, indices: shared by all layers) and attends once per layer. `reference` says what
-is meant, in float64; `sdpa` always works. `pick` never falls back in silence: it returns the winner together with why the
-others were passed over. Not known here: models, drafting, acceptance.
+is meant, in float64; `sdpa` always works. Which one runs is decided in backends.py. Not known here: models, drafting,
+acceptance.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from torch import Tensor
 
 from ..records import KvView
 from .cache import KvCache
-
-
-class BackendUnavailable(RuntimeError):
-    """A back end asked for by name cannot do what is needed; the message says why and what to use instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,28 +227,3 @@ def _additive(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """bool [B, T, N] -> 0 or -inf, [B, 1, G*T, N]."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
     return mask.repeat(1, group, 1)[:, None] if group > 1 else mask[:, None]
-
-
-BACKENDS: dict[str, AttentionBackend] = {"reference": ReferenceBackend(), "sdpa": SdpaBackend()}
-AUTOMATIC = {"cpu": ("sdpa",), "cuda": ("sdpa",)}  # in order of preference
-
-
-def pick(name: str, need: Need) -> tuple[AttentionBackend, dict[str, str]]:
-    """The back end for `need`, and why each preferred one before it was passed over.
-
-    A back end asked for by name that cannot raises BackendUnavailable.
-    """
-    if name != "auto":
-        if name not in BACKENDS:
-            raise BackendUnavailable(f"there is no back end {name!r}; known: auto, {', '.join(BACKENDS)}")
-        reason = BACKENDS[name].why_not(need)
-        if reason is not None:
-            raise BackendUnavailable(f"{reason}. Use backend='auto'.")
-        return BACKENDS[name], {}
-    refused: dict[str, str] = {}
-    for candidate in AUTOMATIC.get(need.device, ("sdpa",)):
-        reason = BACKENDS[candidate].why_not(need)
-        if reason is None:
-            return BACKENDS[candidate], refused
-        refused[candidate] = reason
-    raise BackendUnavailable("no attention back end can run this: " + "; ".join(refused.values()))

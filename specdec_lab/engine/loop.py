@@ -19,7 +19,7 @@ from ..records import Cell, Identity, Run, RunHeader, SpecConfig, StepRecord, Su
 from ..stream import Stream, record
 from ..summary import summarize
 from ..workload import Workload
-from .attention import pick
+from .backends import pick
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .models.loading import ModelPair

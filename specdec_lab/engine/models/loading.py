@@ -114,6 +114,7 @@ def _load_one(
         loaded = FastLlama(config, read_weights(where), name=name, device=device, dtype=chosen)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
     except (OSError, ValueError):
         tokenizer = None  # a model without tokenizer takes token lists as prompts
     return loaded, tokenizer, _eos(config)
