@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .. import machine
 from . import corpus
 
 HOME = Path(__file__).parent
@@ -256,12 +256,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         (folder / name).unlink(missing_ok=True)
 
 
-def git_commit() -> str:
-    """The commit of the working tree, or "unknown" outside a checkout."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HOME, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def _prepare(arguments: argparse.Namespace) -> list[corpus.Document]:
     documents = corpus.collect(Path(arguments.manual) if arguments.manual else corpus.find_manual())
     manifest = HOME / "CORPUS.json"
@@ -283,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-manifest", action="store_true", help="accept the text of this machine")
     parser.add_argument("--checkpoint", type=Path, help="save here every 50 steps, and resume from it")
     arguments = parser.parse_args(argv)
-    documents = _prepare(arguments)
+    documents, started_at = _prepare(arguments), machine.commit()
     training_text = [d for d in documents if d.split == "train"]
     if arguments.which == "target":
         tokenizer = make_tokenizer(d.text for d in training_text)
@@ -311,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "seed": arguments.seed, "tokens": len(losses) * BATCH_TOKENS, "seconds": round(time.perf_counter() - started),
         "precision": "bf16 autocast, fp32 master weights" if bf16 else "fp32", "device": "cpu",
-        "threads": torch.get_num_threads(), "phases": plan.phases, "commit": git_commit(),
+        "threads": torch.get_num_threads(), "phases": plan.phases, "commit": started_at,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "loss_last_50_steps": round(float(np.mean(losses[-50:])), 4),
     }
