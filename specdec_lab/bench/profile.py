@@ -1,0 +1,218 @@
+"""Configurations side by side: short blocks, plain decoding always among them, in shuffled and then reversed order.
+
+All blocks of a cell start at the end of the same prompts. At temperature 0 every configuration must emit the tokens of
+plain decoding; one that does not is named with the place, and its speed means nothing. Not known here: who watches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..engine.cache import CacheTooLarge
+from ..records import Cell, SpecConfig, StepRecord
+from ..stream import Stream
+from ..summary import Comparison
+from ..workload import Sampling, Workload
+from .sessions import Sessions
+
+if TYPE_CHECKING:
+    from ..engine.loop import Engine, OpenSession
+
+OFF = SpecConfig.off()
+WARM_UP_SHARE, WARM_UP_ROUNDS = 0.25, 3  # of a block, and at least this many rounds
+BASELINE_ADDED = "plain decoding (off) was added: every speed-up is measured against it in the same blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The first place where a configuration left the tokens of plain decoding. `place` counts new tokens from 0."""
+
+    cell: Cell
+    config: str
+    row: int
+    place: int
+    got: int
+    expected: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cell} {self.config}: row {self.row} emits token {self.got} at new token {self.place}, plain decoding "
+            f"{self.expected}; its speed means nothing"
+        )
+
+
+class TokenGate:
+    """Compares the tokens of every configuration of a cell with those of plain decoding, as far as both went."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+        self._longest: dict[str, list[list[int]]] = {}
+
+    def take(self, config: SpecConfig, rows: list[list[int]]) -> None:
+        """Remember a run; the longer one of equal configurations is kept, row by row."""
+        known = self._longest.setdefault(str(config), [[] for _ in rows])
+        self._longest[str(config)] = [max(pair, key=len) for pair in zip(known, rows, strict=True)]
+
+    def find(self, config: SpecConfig) -> Mismatch | None:
+        """Where this configuration and plain decoding differ; None if nowhere in what both emitted."""
+        ours, plain = self._longest.get(str(config), []), self._longest.get(str(OFF), [])
+        for row, (mine, right) in enumerate(zip(ours, plain, strict=False)):
+            for place, (got, expected) in enumerate(zip(mine, right, strict=False)):
+                if got != expected:
+                    return Mismatch(self._cell, str(config), row, place, got, expected)
+        return None
+
+
+class Profile:
+    """The blocks of a profile. Iterate it once: every item is a stream, to be drained before the next is asked for.
+
+    notices     what a reader must know besides the numbers: what was added, what the prompts cost to read
+    skipped     cells that could not run, with the reason
+    mismatches  configurations that emitted other tokens than plain decoding; their runs carry it as a label
+    """
+
+    def __init__(
+        self, cells: tuple[Cell, ...], configs: tuple[SpecConfig, ...], sessions: Sessions, *, blocks: int, block_s: float,
+        seed: int, is_gated: bool,
+    ) -> None:
+        self.cells, self.blocks, self.block_s = cells, blocks, block_s
+        self.configs = configs if OFF in configs else (OFF, *configs)
+        self.notices: list[str] = [] if OFF in configs else [BASELINE_ADDED]
+        self.skipped: dict[Cell, str] = {}
+        self.mismatches: dict[tuple[Cell, str], Mismatch] = {}
+        self._sessions, self._seed, self._is_gated = sessions, seed, is_gated
+
+    def __iter__(self) -> Iterator[Stream]:
+        for cell in self.cells:
+            try:
+                session = self._sessions.open(cell)
+            except (CacheTooLarge, ValueError) as error:  # too large, too long, or no such text: the others go on
+                self.skipped[cell] = str(error)
+                self.notices.append(f"{cell} skipped: {error}")
+                continue
+            yield from self._cell(cell, session)
+            del session
+            self._sessions.forget(cell)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams to come if no cell is skipped."""
+        return len(self.cells) * len(self.configs) * self.blocks
+
+    def trusted(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+        """Those whose tokens were those of plain decoding: only these may show a speed."""
+        return tuple(c for c in comparisons if (c.cell, c.config) not in self.mismatches)
+
+    def _cell(self, cell: Cell, session: OpenSession) -> Iterator[Stream]:
+        gate = TokenGate(cell)
+        prefill_s = [self._warm_up(session, config, gate) for config in self.configs]
+        self.notices.append(f"{cell}: prompts read in {sum(prefill_s):.2f} s")
+        for block in range(self.blocks):
+            for config in self._order(block):
+                yield self._block(cell, session, config, block, gate)
+        self._judge(cell, gate)
+
+    def _order(self, block: int) -> list[SpecConfig]:
+        """Shuffled, then the same order reversed: over two blocks a steady drift of the machine cancels."""
+        order = list(self.configs)
+        random.Random(f"{self._seed}/{block // 2}").shuffle(order)
+        return order[::-1] if block % 2 else order
+
+    def _warm_up(self, session: OpenSession, config: SpecConfig, gate: TokenGate) -> float:
+        """First touches, outside of every number; seconds of prefill in it."""
+        prefill_s, rows = 0.0, _Rows()
+        for step in limited(session.steps(config), WARM_UP_SHARE * self.block_s, WARM_UP_ROUNDS):
+            prefill_s += step.wall_s if step.kind == "prefill" else 0.0
+            rows.add(step)
+        gate.take(config, rows.tokens)
+        return prefill_s
+
+    def _block(self, cell: Cell, session: OpenSession, config: SpecConfig, block: int, gate: TokenGate) -> Stream:
+        source = limited(session.steps(config, block=block), self.block_s)
+
+        def watched() -> Iterator[StepRecord]:
+            rows = _Rows()
+            with source:
+                for step in source:
+                    rows.add(step)
+                    yield step
+            gate.take(config, rows.tokens)
+            self._judge(cell, gate)
+            if (cell, str(config)) in self.mismatches:
+                stream.header = replace(stream.header, labels=(*stream.header.labels, "other tokens than plain decoding"))
+
+        stream = Stream(source.header, watched())
+        return stream
+
+    def _judge(self, cell: Cell, gate: TokenGate) -> None:
+        if not self._is_gated:
+            return
+        for config in self.configs:
+            found = gate.find(config)
+            if found is not None:
+                self.mismatches.setdefault((cell, str(config)), found)
+
+
+def profile(
+    engine: Engine, cells: Sequence[Cell | str], configs: Sequence[SpecConfig | str], *,
+    workload: str | Callable[[Cell], Workload] = "prose", blocks: int = 4, block_s: float = 0.5, max_new_tokens: int = 512,
+    sampling: Sampling | None = None,
+) -> Profile:
+    """Every configuration in every cell against plain decoding, as streams to drain: LiveRun(profile(...)), record(...).
+
+    workload  a kind of shipped held-out text, or a function from cell to Workload
+    block_s   engine seconds of one stream; it also ends when rows finish
+    raises    UnsupportedConfig for a configuration that this engine cannot run, before anything is measured
+    """
+    if not cells or not configs:
+        raise ValueError(f"a profile needs at least one cell and one configuration, got {len(cells)} and {len(configs)}")
+    if blocks < 1 or not block_s > 0:
+        raise ValueError(f"a profile needs at least 1 block of more than 0 s, got {blocks} of {block_s} s")
+    chosen = tuple(dict.fromkeys(c if isinstance(c, SpecConfig) else SpecConfig.parse(c) for c in configs))
+    check_configs(engine, chosen)
+    sampling = sampling or {}
+    return Profile(
+        tuple(dict.fromkeys(c if isinstance(c, Cell) else Cell.parse(c) for c in cells)), chosen,
+        Sessions(engine, workload, max_new_tokens=max_new_tokens, sampling=sampling), blocks=blocks, block_s=block_s,
+        seed=sampling.get("seed", 0),
+        is_gated=sampling.get("temperature", 0.0) == 0 or sampling.get("verifier") == "coupled",
+    )
+
+
+def check_configs(engine: Engine, configs: Sequence[SpecConfig]) -> None:
+    """Raise UnsupportedConfig now for what this engine cannot run, rather than in the middle of a measurement."""
+    session = engine.open(Workload("check", ((0,),), 1))
+    for config in configs:
+        session.steps(config)
+
+
+def limited(stream: Stream, seconds: float, min_rounds: int = 1) -> Stream:
+    """The stream up to `seconds` of measured round time; prefills do not count."""
+
+    def steps() -> Iterator[StepRecord]:
+        spent_s, rounds = 0.0, 0
+        with stream:
+            for step in stream:
+                yield step
+                if step.kind == "round":
+                    spent_s, rounds = spent_s + step.wall_s, rounds + 1
+                    if rounds >= min_rounds and spent_s >= seconds:
+                        return
+
+    return Stream(stream.header, steps())
+
+
+class _Rows:
+    """New tokens per row, collected step by step."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+
+    def add(self, step: StepRecord) -> None:
+        self.tokens = self.tokens or [[] for _ in range(step.batch)]
+        for row, emitted in zip(self.tokens, step.tokens, strict=True):
+            row.extend(emitted)
+

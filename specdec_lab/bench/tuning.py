@@ -1,0 +1,71 @@
+"""Tuning an engine: its plan, its sessions as the tuner's `measure`, its database and run folder, put together.
+
+Not known here: how progress is shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..policy import Policy
+from ..records import Cell, fingerprint
+from ..tune import Database, Plan, Progress, Protocol, find_database, make_plan, tune
+from ..workload import Sampling, Workload
+from .sessions import Sessions
+
+if TYPE_CHECKING:
+    from ..engine.loop import Engine
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """A tuning that is ready to run. Running it again resumes where it stopped."""
+
+    engine: Engine
+    plan: Plan
+    sessions: Sessions
+    database: Database
+    run_dir: Path
+    workload: str
+    temperature: float
+    seed: int
+
+    def run(
+        self, report: Callable[[Progress], None] = lambda progress: None, stop: Callable[[], bool] = lambda: False
+    ) -> Policy:
+        """Measure and return the policy; an interrupt or `stop()` ends it early with everything recorded."""
+        return tune(
+            self.plan, self.sessions, self.engine.identity(), self.database, run_dir=self.run_dir, workload=self.workload,
+            temperature=self.temperature, seed=self.seed, report=report, stop=stop,
+        )
+
+
+def prepare(
+    engine: Engine, batches: Sequence[int], lengths: Sequence[int], budget_s: float, *, workload: str = "prose",
+    texts: Callable[[Cell], Workload] | None = None, database: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None, sampling: Sampling | None = None, protocol: Protocol | None = None,
+) -> Tuning:
+    """A tuning of this engine; nothing is measured or written yet.
+
+    workload  a kind of shipped held-out text, or the name under which the prompts that `texts` gives are recorded
+    database  where measurements go; found as `specdec_lab.tune.find_database` does when left out
+    run_dir   when left out, one made from what is tuned, so that the same call resumes
+    """
+    sampling = sampling or {}
+    sessions = Sessions(engine, texts or workload, sampling=sampling)
+    identity, pair = engine.identity(), engine.pair
+    plan = make_plan(batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol)
+    draft = pair.draft.name if pair.draft else "model"
+    temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed", 0)
+    same = (plan.to_dict(), identity.base, identity.drafters, temperature, seed)
+    folder = RUNS / f"tune-{workload}-{fingerprint({'same': same})[:8]}"
+    return Tuning(
+        engine, plan, sessions, Database(find_database(database).path, identity, Path(pair.name).name, draft),
+        Path(run_dir) if run_dir else folder, workload, temperature, seed,
+    )

@@ -1,0 +1,296 @@
+"""Profiles: what is measured beside what, from where, in which order, and what happens to a wrong token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import builders
+import letters
+import pytest
+
+import specdec_lab as sd
+from specdec_lab.bench.doctor import MISSING, NOTE, OK, examine, ipykernel_advice
+from specdec_lab.bench.overhead import OutputsDiffer, _measure, overhead
+from specdec_lab.bench.profile import BASELINE_ADDED, Mismatch, Profile, TokenGate, check_configs, limited, profile
+from specdec_lab.bench.sessions import Sessions
+from specdec_lab.engine.cache import CacheTooLarge
+from specdec_lab.records import Cell, SpecConfig, UnsupportedConfig
+from specdec_lab.sensors import Absent, Reading
+from specdec_lab.stream import Stream, record
+
+CONFIGS = ("off", "self:4+28/chain3", "model:4+20/chain2", "ngram/chain4")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return sd.Engine(letters.pair())
+
+
+def kv_bytes_per_token(engine):
+    return engine.pair.target.shape.kv_bytes_per_token(4)
+
+
+def drained(engine, cells=("2x30",), configs=CONFIGS, **options):
+    options = {"workload": letters.random_text(), "blocks": 3, "block_s": 1e-9, **options}
+    blocks = profile(engine, cells, configs, **options)
+    return blocks, [record(stream) for stream in blocks]
+
+
+def test_every_block_holds_every_configuration_once_and_says_which_block_it_is(engine):
+    _, runs = drained(engine, cells=("1x20", "2x33"))
+    places = [(str(run.header.cell), run.header.block, run.header.config) for run in runs]
+    assert sorted(places) == sorted((c, b, k) for c in ("1x20", "2x33") for b in range(3) for k in CONFIGS)
+    assert [cell for cell, _, _ in places] == ["1x20"] * 12 + ["2x33"] * 12
+
+
+def test_the_order_is_shuffled_and_the_next_block_runs_it_backwards(engine):
+    _, runs = drained(engine, blocks=4)
+    orders = [[run.header.config for run in runs[i : i + 4]] for i in range(0, 16, 4)]
+    assert orders[1] == orders[0][::-1]
+    assert orders[3] == orders[2][::-1]
+    assert orders[0] != orders[2] or list(CONFIGS) != orders[0]
+
+
+def test_plain_decoding_is_always_measured_and_the_reader_is_told(engine):
+    blocks, runs = drained(engine, configs=("ngram/chain2",), blocks=1)
+    assert {run.header.config for run in runs} == {"off", "ngram/chain2"}
+    assert blocks.notices[0] == BASELINE_ADDED
+    assert drained(engine, configs=("off",), blocks=1)[0].notices[0] != BASELINE_ADDED
+
+
+def test_prompts_are_read_once_and_no_scored_run_holds_a_prefill(engine):
+    blocks, runs = drained(engine)
+    assert all(step.kind == "round" for run in runs for step in run.steps)
+    assert all(step.context_tokens[0] == 29 for run in runs for step in run.steps[:1])
+    assert "2x30: prompts read in" in blocks.notices[-1]
+
+
+def test_a_block_ends_after_its_seconds_of_engine_time():
+    steps = [builders.prefill_step()] + [builders.round_step(index=i) for i in range(1, 9)]  # 1 s each
+    for seconds, rounds in ((0.5, 1), (1.0, 1), (2.5, 3), (100.0, 8)):
+        run = record(limited(Stream(builders.header(), iter(steps)), seconds))
+        assert len(run.rounds) == rounds
+    assert len(record(limited(Stream(builders.header(), iter(steps)), 1.0, min_rounds=4)).rounds) == 4
+
+
+def test_ending_a_block_closes_the_engine_behind_it():
+    closed = []
+
+    def endless():
+        try:
+            while True:
+                yield builders.round_step()
+        finally:
+            closed.append(True)
+
+    assert len(record(limited(Stream(builders.header(), endless()), 2.0)).steps) == 2
+    assert closed == [True]
+
+
+def test_runs_of_one_profile_are_comparable_block_by_block(engine):
+    _, runs = drained(engine)
+    rows = {c.config: c for c in sd.compare(runs)}
+    assert set(rows) == set(CONFIGS)
+    assert all(rows[config].speedup.num_blocks == 3 for config in CONFIGS[1:])
+
+
+def test_greedy_configurations_continue_as_plain_decoding_does(engine):
+    blocks, runs = drained(engine, block_s=0.01)
+    assert blocks.mismatches == {}
+    plain = max((run.tokens() for run in runs if run.header.config == "off"), key=lambda rows: len(rows[0]))
+    for run in runs:
+        assert all(a == b for mine, right in zip(run.tokens(), plain, strict=True) for a, b in zip(mine, right, strict=False))
+
+
+def _lying(session, config_that_lies):
+    """The session, but one configuration emits another second token in row 1."""
+
+    class Lying:
+        def steps(self, config, *, block=None):
+            stream = session.steps(config, block=block)
+            return Stream(stream.header, map(self.bent if str(config) == config_that_lies else lambda step: step, stream))
+
+        @staticmethod
+        def bent(step):
+            if step.context_tokens[1] != 29 or not step.tokens[1]:
+                return step
+            first, *rest = step.tokens[1]
+            return replace(step, tokens=(step.tokens[0], ((first + 1) % 61, *rest)))
+
+    return Lying()
+
+
+def test_a_wrong_token_is_named_with_its_place_and_its_speed_is_withheld(engine, monkeypatch):
+    honest = Sessions.open
+    monkeypatch.setattr(Sessions, "open", lambda self, cell: _lying(honest(self, cell), "ngram/chain4"))
+    blocks, runs = drained(engine)
+    (found,) = blocks.mismatches.values()
+    assert (found.cell, found.config, found.row, found.place) == (Cell(2, 30), "ngram/chain4", 1, 0)
+    assert "row 1 emits token" in str(found)
+    assert "its speed means nothing" in str(found)
+    assert {c.config for c in blocks.trusted(sd.compare(runs))} == {*CONFIGS} - {"ngram/chain4"}
+    labelled = {run.header.config for run in runs if "other tokens than plain decoding" in run.header.labels}
+    assert labelled == {"ngram/chain4"}
+
+
+def test_the_gate_compares_what_both_emitted_and_nothing_beyond():
+    gate, ours = TokenGate(Cell(2, 8)), SpecConfig.parse("ngram/chain2")
+    gate.take(ours, [[1, 2, 3, 4], [5]])
+    assert gate.find(ours) is None
+    gate.take(SpecConfig.off(), [[1, 2], [5, 6, 7]])
+    assert gate.find(ours) is None
+    gate.take(SpecConfig.off(), [[1, 2, 9], [5]])
+    assert gate.find(ours) == Mismatch(Cell(2, 8), "ngram/chain2", 0, 2, 3, 9)
+
+
+@pytest.mark.parametrize(("sampling", "is_gated"), [
+    ({}, True), ({"temperature": 0.7}, False), ({"temperature": 0.7, "verifier": "coupled"}, True),
+])
+def test_tokens_are_compared_wherever_they_must_be_equal(engine, sampling, is_gated):
+    blocks = profile(engine, ["1x8"], ["off"], workload=letters.random_text(), sampling=sampling)
+    assert blocks._is_gated is is_gated
+
+
+def test_a_cell_that_does_not_fit_is_skipped_with_the_bytes_and_the_others_go_on(engine):
+    blocks, runs = drained(engine, cells=("90000000x1000", "1x20", "1x5000"), configs=("off",), blocks=1)
+    assert [str(run.header.cell) for run in runs] == ["1x20"]
+    assert list(map(str, blocks.skipped)) == ["90000000x1000", "1x5000"]
+    assert f"{90_000_000_000 * kv_bytes_per_token(engine):,} bytes" in blocks.skipped[Cell(90000000, 1000)]
+    assert "1024 positions" in blocks.skipped[Cell(1, 5000)]
+
+
+def test_what_the_engine_cannot_run_is_said_before_anything_is_measured(engine):
+    with pytest.raises(UnsupportedConfig, match="this engine drafts chains"):
+        profile(engine, ["1x20"], ["off", "self:4+28/2,2"], workload=letters.random_text())
+    without_draft = sd.Engine(replace(letters.pair(), draft=None))
+    with pytest.raises(UnsupportedConfig, match="no draft model is loaded"):
+        check_configs(without_draft, [SpecConfig.parse("model:4+28/chain2")])
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"cells": ()}, "at least one cell"), ({"blocks": 0}, "at least 1 block"), ({"block_s": 0.0}, "more than 0 s"),
+    ({"workload": "novels"}, "workload must be one of prose, code, revision, conversation, got 'novels'"),
+])
+def test_a_profile_of_nothing_is_refused(engine, options, words):
+    with pytest.raises(ValueError, match=words):
+        profile(engine, **{"cells": ["1x20"], "configs": ["off"], "workload": letters.random_text(), **options})
+
+
+def test_shipped_text_needs_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="tiny was loaded without a tokenizer"):
+        profile(sd.Engine(replace(letters.pair(), tokenizer=None)), ["1x20"], ["off"])
+
+
+def test_a_session_is_kept_and_gives_way_to_one_that_does_not_fit_beside_it(engine, monkeypatch):
+    sessions = Sessions(engine, letters.random_text())
+    first = sessions.open(Cell(1, 20))
+    assert sessions.open(Cell(1, 20)) is first
+    honest, refusals = sd.Engine.open, []
+
+    def full(self, workload):
+        if sessions._open:
+            refusals.append(workload.cell)
+            raise CacheTooLarge("no room")
+        return honest(self, workload)
+
+    monkeypatch.setattr(sd.Engine, "open", full)
+    sessions.open(Cell(2, 20))
+    assert refusals == [Cell(2, 20)]
+    assert list(sessions._open) == [Cell(2, 20)]
+
+
+def test_why_a_cell_cannot_run_is_said_without_allocating_and_always_in_the_same_words(engine):
+    sessions = Sessions(engine, letters.random_text())
+    assert sessions.why_not(Cell(2, 20)) is None
+    assert sessions.why_not(Cell(1, 5000)) == "LlamaForCausalLM has 1024 positions, the cell asks for 5000 tokens"
+    needed = f"its KV needs {10**12 * kv_bytes_per_token(engine):,} bytes, more than cpu has free"
+    assert sessions.why_not(Cell(10**9, 1000)) == sessions.why_not(Cell(10**9, 1000)) == needed
+    assert sessions._open == {}
+
+
+def test_overhead_is_a_ratio_with_an_interval_and_a_header():
+    said = []
+    configs = [SpecConfig.off(), SpecConfig.parse("self:4+28/chain2")]
+    report = overhead(letters.pair(), Cell(2, 20), configs, rounds=4, blocks=3, workload=letters.random_text(), say=said.append)
+    data = report.to_dict()
+    assert data["schema"] == "specdec_lab.overhead/1"
+    assert [row["config"] for row in data["results"]] == ["off", "self:4+28/chain2"]
+    assert all(row["ratio"]["low"] <= row["ratio"]["mean"] <= row["ratio"]["high"] for row in data["results"])
+    assert all(row["ratio"]["num_blocks"] == 3 for row in data["results"])
+    assert {"device", "versions", "commit", "created"} <= data.keys()
+    assert said == [str(result) for result in report.results]
+
+
+def test_overhead_alternates_instrumented_and_bare_runs_and_takes_medians():
+    order = []
+
+    class Fixed:
+        def __init__(self, name, scale):
+            self.name, self.scale = name, scale
+
+        def steps(self, config):
+            order.append(self.name)
+            return Stream(builders.header(), (builders.off_step(scale=self.scale, index=i) for i in range(9)))
+
+    result = _measure({True: Fixed("with", 1.25), False: Fixed("bare", 1.0)}, Cell(2, 512), SpecConfig.off(), 4, 2)
+    assert order[2:] == ["with", "bare", "bare", "with"] * 2
+    assert result.median_ratio == pytest.approx(1.25)
+    assert result.ratio.mean == pytest.approx(1.25)
+
+
+def test_overhead_of_rounds_that_differ_is_not_quoted():
+    class Fixed:
+        def __init__(self, accepted):
+            self.accepted = accepted
+
+        def steps(self, config):
+            return Stream(builders.header(), (builders.round_step(self.accepted, index=i) for i in range(9)))
+
+    with pytest.raises(OutputsDiffer, match="emitted different tokens"):
+        _measure({True: Fixed((1, 1)), False: Fixed((1, 2))}, Cell(2, 512), SpecConfig.parse("self:4+60/chain3"), 4, 2)
+
+
+def _reading(**present):
+    absent = Absent("no NVML here")
+    fields = dict.fromkeys(
+        ("power_w", "energy_j", "sm_mhz", "mem_mhz", "memory_used_bytes", "temperature_c", "clock_events", "cpu_mhz"), absent
+    )
+    return Reading(**{"at_s": 0.0, "load_average": 0.0, **fields, **present})
+
+
+def test_the_doctor_says_what_works_and_why_the_rest_does_not(engine):
+    diagnosis = examine(engine, reading=_reading)
+    found = {f.topic: f for f in diagnosis.findings}
+    assert found["back end"].what == f"attention by {engine.backend.name}"
+    assert "no GPU sensors: no NVML here" in found["GPU"].what
+    assert found["load"].state == OK
+    assert "GB/s" in found["ceilings"].what
+    assert "new lines go here" in found["database"].what
+    assert diagnosis.to_dict()["facts"]["ceilings"]["read_bytes_per_s"] > 0
+    assert f"attention by {engine.backend.name}" in diagnosis.headline
+    assert all(f.topic in str(diagnosis) for f in diagnosis.findings)
+
+
+def test_the_doctor_needs_no_model_and_says_which_is_missing():
+    found = {f.topic: f for f in examine(None, "the shipped pair is missing", reading=_reading).findings}
+    assert (found["model"].state, found["model"].what) == (MISSING, "the shipped pair is missing")
+
+
+def test_the_doctor_warns_of_a_busy_machine_and_a_slowed_gpu(engine):
+    busy = _reading(load_average=99.0, power_w=300.0, sm_mhz=1200, temperature_c=88, clock_events=("power cap", "gpu idle"))
+    found = {f.topic: f for f in examine(engine, reading=lambda: busy).findings}
+    assert found["load"].state == NOTE
+    assert "disturbs every timing" in found["load"].advice
+    assert found["GPU"].what == "300 W, 1200 MHz, 88 C; slowed by power cap"
+
+
+@pytest.mark.parametrize(("version", "state"), [("7.0.1", MISSING), ("7.4.0", OK), ("6.31.0", NOTE), ("7.3.0", OK), ("6.20", NOTE)])
+def test_the_doctor_knows_the_kernels(version, state):
+    assert ipykernel_advice(version)[0] == state
+
+
+def test_a_profile_is_an_iterable_of_streams(engine):
+    blocks = profile(engine, ["1x20"], ["off"], workload=letters.random_text(), blocks=1)
+    assert isinstance(blocks, Profile)
+    assert all(a is not b for a, b in pairwise([*blocks]))
