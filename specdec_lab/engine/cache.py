@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import memory
+
 SLOT_MULTIPLE = 256
 
 
@@ -50,7 +52,7 @@ class KvCache:
                 f"{device}. Use a smaller batch or length: about {int(batch * free / needed)} sequences of this length fit."
             )
         # zeros, not empty: back ends that mask scores but not loads would turn a stray NaN into NaN output
-        self.kv = torch.zeros(layers, 2, batch, kv_heads, slots, head_dim, dtype=dtype, device=device)
+        self.kv = memory.zeros((layers, 2, batch, kv_heads, slots, head_dim), dtype, device)
         self.committed = torch.zeros(batch, dtype=torch.int64, device=device)
         self.batch, self.kv_heads, self.slots, self.head_dim = batch, kv_heads, slots, head_dim
         rows = torch.arange(2 * batch * kv_heads, device=device) * slots

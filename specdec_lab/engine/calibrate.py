@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from . import memory
+
 READ_BYTES = 256 << 20  # several times a last-level cache of 32 MiB
 REPEATS = 7
 
@@ -36,11 +38,12 @@ def _best_seconds(work: Callable[[], object], repeats: int, synchronize: Callabl
 def calibrate(device: str, threads: int, read_bytes: int = READ_BYTES) -> Ceilings:
     """Best of several repeats on `device` with torch's `threads` (part of the key: another count is measured anew).
 
-    The stream is a sum over `read_bytes` of float32; a ceiling is a best value by intention, medians are for results.
+    The stream is a sum over `read_bytes` of float32 in memory allocated like the KV cache; a ceiling is a best value by
+    intention, medians are for results.
     """
     place = torch.device(device)
     synchronize = torch.cuda.synchronize if place.type == "cuda" else lambda: None
-    stream = torch.ones(read_bytes // 4, dtype=torch.float32, device=place)
+    stream = memory.zeros((read_bytes // 4,), torch.float32, place)
     read_s = _best_seconds(stream.sum, REPEATS, synchronize)
     del stream
     side = 1024 if place.type == "cpu" else 8192

@@ -105,6 +105,12 @@ INLINE vf exp2_nonpositive(vf x) {
     return (vf)(~below & ((vi)p + exponent));
 }
 
+/* Ask for the rows that the next block will read, `ahead` elements further on; beyond the end this is harmless. */
+INLINE void fetch_ahead(const void *rows, int64_t at, int64_t ahead, int dim, int bf16) {
+    const char *line = (const char *)rows + (at + ahead) * (bf16 ? 2 : 4);
+    for (int byte = 0; byte < dim * (bf16 ? 2 : 4); byte += 64) __builtin_prefetch(line + byte, 0, 2);
+}
+
 INLINE float lane_max(vf x) {
     float m = x[0];
     for (int i = 1; i < W; i++) m = x[i] > m ? x[i] : m;
@@ -118,8 +124,10 @@ INLINE float lane_sum(vf x) {
 }
 
 /* scores[r][n] = q[r] . k[n] for a block of 64 keys; q is scaled already. vectors = dim / W */
-INLINE void score(const float *q, const void *k, const int64_t *at, float *scores, int rows, int vectors, int bf16) {
+INLINE void score(const float *q, const void *k, const int64_t *at, int64_t ahead, float *scores, int rows, int vectors, int bf16) {
     for (int n = 0; n < BLOCK; n += W) {
+        if (ahead)
+            for (int i = 0; i < W; i++) fetch_ahead(k, at[n + i], ahead, vectors * W, bf16);
         for (int r = 0; r < rows; r++) {
             const vf *row = (const vf *)(q + r * vectors * W);
             vf a[W];
@@ -135,8 +143,8 @@ INLINE void score(const float *q, const void *k, const int64_t *at, float *score
 }
 
 /* acc[r] += sum over n of p[r][n] * v[n], for some rows and PV_VECTORS vectors of the head. */
-INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, int keys, int rows, int dim, int first,
-                  int count, int bf16) {
+INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, int64_t ahead, int keys, int rows, int dim,
+                  int first, int count, int bf16) {
     vf a[PV_ROWS][PV_VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -144,6 +152,7 @@ INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, 
         for (int c = 0; c < count; c++) a[r][c] = *(vf *)(acc + r * dim + (first + c) * W);
     for (int n = 0; n < keys; n++) {
         vf row[PV_VECTORS];
+        if (ahead) fetch_ahead(v, at[n], ahead, dim, bf16);
 #pragma GCC unroll 4
         for (int c = 0; c < count; c++) row[c] = load(v, at[n] + (first + c) * W, bf16);
 #pragma GCC unroll 4
@@ -159,15 +168,17 @@ INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, 
         for (int c = 0; c < count; c++) *(vf *)(acc + r * dim + (first + c) * W) = a[r][c];
 }
 
-INLINE void weigh_rows(float *acc, const float *p, const void *v, const int64_t *at, int keys, int rows, int dim, int bf16) {
+INLINE void weigh_rows(float *acc, const float *p, const void *v, const int64_t *at, int64_t ahead, int keys, int rows, int dim,
+                       int bf16) {
     int vectors = dim / W; /* rows is a power of two, so no row is left over */
     for (int r = 0; r < rows; r += PV_ROWS) {
         int some = rows - r < PV_ROWS ? rows - r : PV_ROWS;
         for (int c = 0; c < vectors; c += PV_VECTORS) {
             int count = vectors - c < PV_VECTORS ? vectors - c : PV_VECTORS;
             float *to = acc + r * dim;
+            int64_t far = r == 0 && c == 0 ? ahead : 0; /* once per block */
             const float *from = p + r * BLOCK;
-#define WEIGH(R, C) if (some == R && count == C) weigh(to, from, v, at, keys, R, dim, c, C, bf16)
+#define WEIGH(R, C) if (some == R && count == C) weigh(to, from, v, at, far, keys, R, dim, c, C, bf16)
 #define WEIGH_ROWS(R) WEIGH(R, 4); else WEIGH(R, 3); else WEIGH(R, 2); else WEIGH(R, 1)
             WEIGH_ROWS(1);
             WEIGH_ROWS(2);
@@ -179,10 +190,10 @@ INLINE void weigh_rows(float *acc, const float *p, const void *v, const int64_t 
 }
 
 /* One block of keys for `rows` query rows: scores, online softmax, weighted values. m, l, acc are the running state. */
-INLINE void block_rows(const float *q, const void *k, const void *v, const int64_t *at, int keys, const float *mask, float *m,
+INLINE void block_rows(const float *q, const void *k, const void *v, const int64_t *at, int64_t ahead, int keys, const float *mask, float *m,
                        float *l, float *acc, int rows, int dim, int bf16) {
     float scores[ROWS * BLOCK] __attribute__((aligned(64)));
-    score(q, k, at, scores, rows, dim / W, bf16);
+    score(q, k, at, ahead, scores, rows, dim / W, bf16);
     for (int r = 0; r < rows; r++) {
         vf *s = (vf *)(scores + r * BLOCK);
         if (mask) {
@@ -211,19 +222,20 @@ INLINE void block_rows(const float *q, const void *k, const void *v, const int64
         if (decay != 1.0f)
             for (int d = 0; d < dim; d += W) *(vf *)(acc + r * dim + d) *= splat(decay);
     }
-    weigh_rows(acc, scores, v, at, keys, rows, dim, bf16);
+    weigh_rows(acc, scores, v, at, ahead, keys, rows, dim, bf16);
 }
 
 #define DISPATCH_ROWS(DIM, BF)                                                                                        \
     switch (rows) {                                                                                                   \
-    case 1: block_rows(q, k, v, at, keys, mask, m, l, acc, 1, DIM, BF); break;                           \
-    case 2: block_rows(q, k, v, at, keys, mask, m, l, acc, 2, DIM, BF); break;                           \
-    case 4: block_rows(q, k, v, at, keys, mask, m, l, acc, 4, DIM, BF); break;                           \
-    case 8: block_rows(q, k, v, at, keys, mask, m, l, acc, 8, DIM, BF); break;                                         \
+    case 1: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 1, DIM, BF); break;                           \
+    case 2: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 2, DIM, BF); break;                           \
+    case 4: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 4, DIM, BF); break;                           \
+    case 8: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 8, DIM, BF); break;                                         \
     }
 
 #define BLOCK_ARGUMENTS                                                                                               \
-    const float *q, const void *k, const void *v, const int64_t *at, int keys, const float *mask, float *m, float *l,  \
+    const float *q, const void *k, const void *v, const int64_t *at, int64_t ahead, int keys, const float *mask,       \
+        float *m, float *l,  \
         float *acc, int rows, int dim
 #define BLOCK_FUNCTION(NAME, DIM, BF)                                                                                 \
     static __attribute__((noinline)) void NAME(BLOCK_ARGUMENTS) {                                                     \
@@ -342,7 +354,7 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
                         for (int i = 0; i < BLOCK; i++)
                             mask[r * BLOCK + i] =
                                 i < count && sees(c, &keys, committed, (row + r) / group, n0 + i, slots[i]) ? 0.0f : -INFINITY;
-                block(q + r0 * dim, c->k, c->v, at, count, masked ? mask : NULL, m + row, l + row, acc + row * dim, some, dim);
+                block(q + r0 * dim, c->k, c->v, at, r0 ? 0 : BLOCK * c->kv_slot, count, masked ? mask : NULL, m + row, l + row, acc + row * dim, some, dim);
             }
         }
     }
