@@ -58,7 +58,7 @@ def identifiers(tmp_path):
 
 def test_the_tuner_finds_nearly_the_best_of_every_cell(tmp_path):
     world = World(noise=0.02, is_even=True)
-    plan = make_plan([1, 8], [512, 2048], 300, ["self", "model", "ngram"])
+    plan = make_plan([1, 4], [512, 2048], 160, ["self", "model", "ngram"])
     policy = run(tmp_path, world, plan)
     regrets = []
     for row in policy.table:
@@ -72,7 +72,7 @@ def test_the_tuner_finds_nearly_the_best_of_every_cell(tmp_path):
 
 def test_plain_decoding_wins_where_it_wins(tmp_path):
     world = World(noise=0.02, per_token=2e-3, is_even=True, rates={"self": 0.7, "model": 0.7, "ngram": 0.35})
-    plan = make_plan([1, 16], [512, 8192], 400, ["self", "model", "ngram"])
+    plan = make_plan([1, 16], [512, 8192], 160, ["self", "model", "ngram"])
     policy = run(tmp_path, world, plan)
     rows = {str(row.cell): row for row in policy.table}
     for cell in plan.cells:
@@ -89,9 +89,10 @@ def test_plain_decoding_wins_where_it_wins(tmp_path):
 
 def test_intervals_hold_the_truth_although_little_text_was_seen(tmp_path):
     held = total = 0
+    protocol = Protocol(race_run_s=0.1, duel_run_s=0.4, max_trials=3, race_blocks=2)
     for seed in range(3):
         world = World(noise=0.01, seed=seed)
-        policy = run(tmp_path / str(seed), world, small_plan(batches=(1, 4), protocol=Protocol(max_trials=3, race_blocks=2)))
+        policy = run(tmp_path / str(seed), world, small_plan(batches=(1, 4), protocol=protocol))
         for row in policy.table:
             for name, estimate in row.estimates.items():
                 held += estimate.ci95[0] <= world.speedup(row.cell, spec(name)) <= estimate.ci95[1]
@@ -208,6 +209,18 @@ def test_failures_are_records_and_the_others_go_on(tmp_path):
     assert not failed.keys() & set(policy.portfolio)
     assert world.calls["2x512", unsupported] == 1
     assert world.calls["2x512", lie] <= 3, "its warm-up and one block"
+
+
+def test_a_leader_that_is_caught_in_its_duel_makes_room_for_the_next(tmp_path):
+    plan = small_plan(lengths=(2048,))
+    leader = run(tmp_path / "honest", World(), plan).table[0].config
+    assert leader != "off"
+    policy = run(tmp_path / "lying", World(late_liars={leader}), plan)
+    records = [m for m in Database(tmp_path / "lying" / "db", IDENTITY, "tiny") if m.config == leader]
+    assert {m.kind for m in records if m.status == "ok"} == {"race"}
+    assert [m.kind for m in records if m.status == "mismatch"] == ["duel"]
+    assert policy.table[0].config not in (leader, "off")
+    assert leader not in policy.table[0].estimates
 
 
 def test_wrong_tokens_matter_only_where_there_is_one_right_answer(tmp_path):

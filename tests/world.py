@@ -33,6 +33,7 @@ class World:
     unsupported: set[str] = field(default_factory=set)
     too_large: set[str] = field(default_factory=set)
     liars: set[str] = field(default_factory=set)
+    late_liars: set[str] = field(default_factory=set)  # wrong from the 16th token on
     busy_calls: set[int] = field(default_factory=set)
     max_new_tokens: int = 100_000
     on_call: object = None
@@ -102,7 +103,7 @@ class World:
                     else:
                         while count < config.depth and luck[row][place + count] < rate:
                             count += 1
-                    lie = str(config) in self.liars
+                    lie = str(config) in self.liars or (str(config) in self.late_liars and place > 15)
                     tokens.append(tuple(int(1e6 * luck[row][p]) + lie for p in range(place, place + count + 1)))
                     accepted.append(count)
                     places[row] += count + 1

@@ -49,7 +49,8 @@ class Chooser:
             self._dwell += 1
         if self._is_due(batch, mean_length):
             self._look(batch, mean_length)
-        return self._configs[OFF if self._guard.is_resting() else self._current]
+        self._guard.tick()
+        return self._configs[OFF if self._guard.is_resting else self._current]
 
     def observe(self, step: StepRecord) -> None:
         """Feed a finished round to the guard."""
@@ -93,7 +94,8 @@ class _AcceptanceGuard:
         self._rules = rules.guard
         self._window: deque[float] = deque(maxlen=self._rules.window_steps)
         self._needed = self._rules.window_steps
-        self._rest, self._backoff = 0, 1
+        self.is_resting = False  # whether the draft is put aside in the coming round
+        self._rest, self._backoff = 0, 1  # rounds of rest to come; factor of the next rest
 
     def forget(self) -> None:
         """Another configuration runs: what was seen says nothing about it."""
@@ -101,10 +103,10 @@ class _AcceptanceGuard:
         self._needed = self._rules.window_steps
         self._rest, self._backoff = 0, 1
 
-    def is_resting(self) -> bool:
-        """Whether the draft is put aside in the coming round; counts down the rest."""
-        self._rest = max(self._rest - 1, -1)
-        return self._rest >= 0
+    def tick(self) -> None:
+        """A round begins."""
+        self.is_resting = self._rest > 0
+        self._rest = max(self._rest - 1, 0)
 
     def observe(self, step: StepRecord, needed: float | None) -> None:
         """Take a round; start a rest when a full window stays below `needed` tokens minus the margin."""

@@ -34,15 +34,15 @@ class CellEvidence:
 
     @classmethod
     def of(cls, cell: Cell, measurements: Iterable[Measurement]) -> CellEvidence:
-        """Sort the good records of a cell."""
+        """Sort the good records of a cell. A configuration that once gave wrong tokens here has none."""
+        here = sorted((m for m in measurements if m.cell == cell), key=lambda m: (m.design.block, m.id))
+        wrong = {record.config for record in here if record.status == "mismatch"}
+        good = [record for record in here if record.status == "ok" and record.config not in wrong]
         blocks: dict[str, dict[str, list[Measurement]]] = {}
-        plain = []
-        for record in sorted(measurements, key=lambda m: (m.design.block, m.id)):
-            if record.cell == cell and record.config == "off":
-                plain.append(record)
-            elif record.cell == cell and "log_speedup" in record.summary:
+        for record in good:
+            if "log_speedup" in record.summary:
                 blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
-        return cls(cell, tuple(plain), blocks)
+        return cls(cell, tuple(record for record in good if record.config == "off"), blocks)
 
     def duel(self, config: str, protocol: Protocol) -> Verdict | None:
         """The verdict of a complete duel."""
@@ -89,8 +89,8 @@ def assemble(
 ) -> Policy:
     """The policy that these records support, for these cells."""
     protocol = Protocol(**header["protocol"])
-    good = [m for m in measurements if m.status == "ok" and _belongs(m, header)]
-    cells = {cell: CellEvidence.of(cell, good) for cell, (state, _) in states.items() if state == "tuned"}
+    ours = [m for m in measurements if _belongs(m, header)]
+    cells = {cell: CellEvidence.of(cell, ours) for cell, (state, _) in states.items() if state == "tuned"}
     portfolio = choose_portfolio(cells.values(), protocol)
     rows = []
     for cell, (state, reason) in sorted(states.items()):

@@ -32,7 +32,8 @@ class Protocol:
     duel_run_s: float = 2.0
     min_rounds: int = 4  # scored, per run
     warmup_rounds: int = 1  # per run, not scored
-    race_blocks: int = 6
+    race_blocks: int = 6  # at most; fewer where a cell's share would allow less than `trials_wanted`
+    trials_wanted: int = 10
     duel_blocks: int = MIN_DUEL_BLOCKS
     pilot_blocks: int = 4
     max_trials: int = 40  # per cell
@@ -40,7 +41,7 @@ class Protocol:
     blocks_per_cell: int = 40  # that a cell's share of the budget is cut into
     duel_share: float = 0.4  # of a cell's share
     fill_share: float = 0.12  # of the whole budget, kept to measure the winners of some cells in the others
-    busy_retries: int = 4  # per cell
+    busy_retries: int = 4  # of busy blocks in a row; then the machine is taken as it is, and the policy labelled
     min_speedup: float = 1.03
     tie: float = 0.02  # within the interval, and at most this far from the best, the plainer configuration wins
 
@@ -55,6 +56,15 @@ class Protocol:
     def race_seconds(self, share_s: float) -> float:
         """Scored seconds of one run of a race, for a cell that may take `share_s`."""
         return min(self.race_run_s, share_s * (1 - self.duel_share) / (4 * self.blocks_per_cell))
+
+    def block_seconds(self, run_s: float, plain_step_s: float) -> float:
+        """What a block will take, a candidate's round being guessed at three plain steps."""
+        rounds = self.warmup_rounds + self.min_rounds
+        return 2 * (max(run_s, rounds * plain_step_s) + max(run_s, rounds * 3 * plain_step_s))
+
+    def race_blocks_within(self, seconds: float, block_s: float) -> int:
+        """Blocks per trial, 2 to `race_blocks`, so that `trials_wanted` of them fit."""
+        return max(min(2, self.race_blocks), min(self.race_blocks, int(seconds / (self.trials_wanted * block_s))))
 
     def duel_seconds(self, share_s: float) -> float:
         """Scored seconds of one run of a duel: longer, because it sees more text."""

@@ -55,7 +55,7 @@ class BlockRunner:
     def __init__(self, measure: Measure, database: Database, setting: Setting) -> None:
         self._measure, self._database, self._set = measure, database, setting
         self._warm: dict[tuple[Cell, SpecConfig], dict[str, float]] = {}
-        self._busy_left: dict[Cell, int] = {}
+        self._patience = setting.protocol.busy_retries
         kinds = ("off", *setting.identity.drafters)
         base = setting.identity.base_fingerprint
         self._fp_of = {kind: f"{base}.{setting.identity.drafter_fingerprint(kind)}" for kind in kinds}
@@ -98,16 +98,17 @@ class BlockRunner:
         return record
 
     def _fresh(self, blank: Measurement, cell: Cell, config: SpecConfig, seconds: float) -> Measurement:
-        """Measure until a block is not busy or no retry is left; every attempt is recorded."""
+        """Measure until a block is not busy; every attempt is recorded. A machine that stays busy is not waited for."""
         protocol, clock = self._set.protocol, self._set.clock
         self._warm_up(cell, OFF)
         warm = self._warm_up(cell, config)
         while True:
             block = measure_block(self._measure, cell, config, seconds, protocol, clock, blank.design.block)
-            left = self._busy_left.setdefault(cell, protocol.busy_retries)
-            if not (block.is_busy and left):
+            if not block.is_busy:
+                self._patience = protocol.busy_retries
+            if not block.is_busy or not self._patience:
                 return self._record_block(blank, block, warm)
-            self._busy_left[cell] = left - 1
+            self._patience -= 1
             self._record_block(replace(blank, status="throttled", reason="the machine was busy; measured again"), block, warm)
             blank = self._blank(cell, config, blank.kind, blank.design.block)
 

@@ -111,6 +111,7 @@ class _Tuner:
         self._states |= folder.finished
         self._leader: tuple[SpecConfig, float] = (SpecConfig.off(), 0.0)
         self._race_s: dict[Cell, float] = {}
+        self._race_blocks = plan.protocol.race_blocks
         self.interrupted = False
 
     @property
@@ -140,29 +141,35 @@ class _Tuner:
         if plain.status != "ok":
             self._finish(cell, ("infeasible", plain.reason))
             return
-        search = self._search(cell, begun + share * (1 - protocol.duel_share))
+        block_s = protocol.block_seconds(self._race_s[cell], plain.summary["step_s"]["mean"])
+        race_share = share - max(share * protocol.duel_share, protocol.duel_blocks * block_s)
+        self._race_blocks = protocol.race_blocks_within(race_share, block_s)
+        search = self._search(cell, begun + race_share)
         self._finish(cell, self._decide(cell, search, protocol.duel_seconds(share)))
 
     def _search(self, cell: Cell, until: float) -> CellSearch:
-        """Race configurations until the time is used, the trials are, or there is nothing left to try."""
+        """Race the starting points, then others until the time is used, the trials are, or nothing is left to try."""
         first, *others = [*self._neighbours(cell), *self._starts(cell)]
         priors = (first, *self._starts(cell), *others)  # the nearest winner sets the mark for the guesses
         search = CellSearch(self._storage, cell, self._plan.configs[cell], priors, self._set.seed, self._plan.protocol)
         self._leader = search.best
-        while search.num_known < self._plan.protocol.max_trials and self._set.clock() < until and not self._is_over():
+        while not self._is_over():
+            is_spent = self._set.clock() >= until or search.num_known >= self._plan.protocol.max_trials
+            if is_spent and search.has_tried(self._starts(cell)):
+                break
             trial = search.ask()
             if trial is None:
                 break
-            self._race(cell, trial, until)
+            self._race(cell, trial)
             self._leader = search.best
         return search
 
     def _starts(self, cell: Cell) -> tuple[SpecConfig, ...]:
         return starting_points(self._plan.configs[cell], cell)
 
-    def _race(self, cell: Cell, trial: Trial, until: float) -> None:
-        for index in range(self._plan.protocol.race_blocks):
-            if index and (self._set.clock() >= until or self._is_over()):
+    def _race(self, cell: Cell, trial: Trial) -> None:
+        for index in range(self._race_blocks):
+            if index and self._is_over():
                 break
             record = self._block(cell, trial.config, "race", index, self._race_s[cell])
             if record.status in FINAL_FAILURES:
@@ -175,22 +182,31 @@ class _Tuner:
     def _decide(self, cell: Cell, search: CellSearch, seconds: float) -> State:
         """Duel the best of the race against plain decoding; a cell whose races nobody won is decided without."""
         if self.interrupted or not search.has_tried(self._starts(cell)):
-            why = "interrupted" if self.interrupted else "the budget ended"
-            return "not_visited", f"{why} after {search.num_known} trials"
+            return "not_visited", f"{self._why_ended()} after {search.num_known} trials"
         found = self._evidence(cell).blocks
         races = {c: blocks for c in search.known if (blocks := found.get(str(c), {}).get("race", ()))}
-        if not races:
-            return "tuned", ""
-        best = finalist(races, self._winners(), self._plan.protocol.tie)
-        if fmean(block.summary["log_speedup"] for block in races[best]) <= 0:
-            return "tuned", ""
+        while races:
+            best = finalist(races, self._winners(), self._plan.protocol.tie)
+            if fmean(block.summary["log_speedup"] for block in races[best]) <= 0:
+                break
+            status = self._duel(cell, best, seconds)
+            if status == "ok":
+                break
+            if status == "open":
+                return "not_visited", f"{self._why_ended()} before {best} was confirmed ({search.num_known} trials)"
+            del races[best]
+        return "tuned", ""
+
+    def _duel(self, cell: Cell, config: SpecConfig, seconds: float) -> str:
+        """Status of the last block: ok, a failure that rules the configuration out, or "open" when the run ended."""
+        status = "open"
         for index in range(self._plan.protocol.duel_blocks):
             if self._is_over():
-                return "not_visited", f"{best} led after {search.num_known} trials, the budget ended before it was confirmed"
-            record = self._block(cell, best, "duel", index, seconds)
-            if record.status in FINAL_FAILURES:
+                return "open"
+            status = self._block(cell, config, "duel", index, seconds).status
+            if status in FINAL_FAILURES:
                 break
-        return "tuned", ""
+        return status
 
     def _fill(self) -> None:
         """Winners of some cells measured in the others, so that lookup can interpolate between them."""
@@ -232,7 +248,7 @@ class _Tuner:
         )
 
     def _evidence(self, cell: Cell) -> CellEvidence:
-        here = (m for m in self._database if m.cell == cell and m.status == "ok")
+        here = (m for m in self._database if m.cell == cell)
         return CellEvidence.of(cell, [m for m in here if self._runner.is_ours(m)])
 
     def _result(self, cell: Cell) -> tuple[SpecConfig, float]:
@@ -260,15 +276,16 @@ class _Tuner:
 
     def policy(self) -> Policy:
         """The policy from what is on disk."""
-        states = {cell: self._states.get(cell, ("not_visited", self._why_not_visited())) for cell in self._plan.all_cells}
+        unvisited = "not_visited", f"{self._why_ended()} before this cell"
+        states = {cell: self._states.get(cell, unvisited) for cell in self._plan.all_cells}
         contents = {path.name: read_file(path) for path in self._database.paths()}
         evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
         records = [record for c in contents.values() for record in c.measurements]
         header = policy_header(self._database, self._set, self._labels(states, records), evidence)
         return assemble(header, Rules(min_speedup=self._plan.protocol.min_speedup), states, records)
 
-    def _why_not_visited(self) -> str:
-        return "interrupted before this cell" if self.interrupted else "the budget ended before this cell"
+    def _why_ended(self) -> str:
+        return "interrupted" if self.interrupted else "the budget ended"
 
     def _labels(self, states: Mapping[Cell, State], records: list[Measurement]) -> list[str]:
         used = [m for m in records if m.status == "ok" and m.cell in states and self._runner.is_ours(m)]
