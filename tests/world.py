@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from specdec_lab.records import Cell, Identity, SpecConfig, StepRecord, UnsupportedConfig
+from specdec_lab.tune import Database, Protocol, make_plan, tune
 
 IDENTITY = Identity(
     "TEST_CPU_2t",
@@ -69,7 +70,7 @@ class World:
             return 1.0
         rate = self.rate(cell, config)
         yields = sum(rate**i for i in range(config.depth + 1))
-        return yields * self.step_s(cell, SpecConfig.off())[1] / sum(self.step_s(cell, config))
+        return yields * self.step_s(cell, OFF)[1] / sum(self.step_s(cell, config))
 
     def __call__(self, cell: Cell, config: SpecConfig):
         spelling = str(config)
@@ -118,3 +119,29 @@ class World:
                 index += 1
         finally:
             self.closed += 1
+
+
+OFF = SpecConfig.off()
+QUICK = Protocol(race_run_s=0.05, duel_run_s=0.2, race_blocks=2, pilot_blocks=2, max_trials=4)
+
+
+def spec(text):
+    return SpecConfig.parse(text)
+
+
+def small_plan(budget_s=1e6, batches=(2,), lengths=(512, 2048), drafters=("model", "ngram"), protocol=QUICK, **options):
+    return make_plan(batches, lengths, budget_s, drafters, protocol=protocol, **options)
+
+
+def run(tmp_path, world, plan, name="run", database=None, **options):
+    database = Database(tmp_path / "db", IDENTITY, "tiny") if database is None else database
+    options = {"workload": "prose", "clock": world.clock, "now": lambda: "2026-01-02T03:04:05Z", **options}
+    return tune(plan, world, IDENTITY, database, run_dir=tmp_path / "runs" / name, **options)
+
+
+def keys(tmp_path):
+    return sorted(m.key for m in Database(tmp_path / "db", IDENTITY, "tiny") if m.config != "off")
+
+
+def identifiers(tmp_path):
+    return {m.id for m in Database(tmp_path / "db", IDENTITY, "tiny")}
