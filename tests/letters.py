@@ -7,9 +7,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import tiny
-
 import specdec_lab as sd
+import tiny
 from specdec_lab.workload import Workload
 
 
@@ -30,10 +29,10 @@ def pair() -> sd.ModelPair:
 
 
 def loader(**changes: Any) -> Callable[..., sd.ModelPair]:
-    """What is injected as `load`: gives the tiny pair for any name but `nowhere`."""
+    """What is injected as `load`: gives the tiny pair for any name but that of a folder."""
 
     def load(model: Any = "demo", draft: Any = None, **options: Any) -> sd.ModelPair:
-        return sd.load(model, draft, **options) if model == "nowhere" else replace(pair(), **changes)
+        return sd.load(model, draft, **options) if model.startswith("./") else replace(pair(), **changes)
 
     return load
 
@@ -42,6 +41,7 @@ def random_text(max_new_tokens: int = 200) -> Callable[[sd.Cell], Workload]:
     """Prompts of random tokens for every cell; no tokenizer and no shipped text is involved."""
 
     def make(cell: sd.Cell) -> Workload:
-        return Workload("random", tuple(map(tuple, tiny.prompts([cell.length] * cell.batch))), max_new_tokens, stop_at_eos=False)
+        rows = tuple(map(tuple, tiny.prompts([cell.length] * cell.batch)))
+        return Workload("random", rows, max_new_tokens, stop_at_eos=False)
 
     return make

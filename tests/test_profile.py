@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-import builders
-import letters
 import pytest
 
+import builders
+import letters
 import specdec_lab as sd
 from specdec_lab.bench.doctor import MISSING, NOTE, OK, examine, ipykernel_advice
 from specdec_lab.bench.overhead import OutputsDiffer, _measure, overhead
@@ -156,6 +156,7 @@ def test_a_cell_that_does_not_fit_is_skipped_with_the_bytes_and_the_others_go_on
     blocks, runs = drained(engine, cells=("90000000x1000", "1x20", "1x5000"), configs=("off",), blocks=1)
     assert [str(run.header.cell) for run in runs] == ["1x20"]
     assert list(map(str, blocks.skipped)) == ["90000000x1000", "1x5000"]
+    assert blocks.num_streams == 1
     assert f"{90_000_000_000 * kv_bytes_per_token(engine):,} bytes" in blocks.skipped[Cell(90000000, 1000)]
     assert "1024 positions" in blocks.skipped[Cell(1, 5000)]
 
@@ -170,6 +171,7 @@ def test_what_the_engine_cannot_run_is_said_before_anything_is_measured(engine):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"cells": ()}, "at least one cell"), ({"blocks": 0}, "at least 1 block"), ({"block_s": 0.0}, "more than 0 s"),
+    ({"cells": ["1x5000"]}, "none of these cells can run. 1x5000 skipped: LlamaForCausalLM has 1024"),
     ({"workload": "novels"}, "workload must be one of prose, code, revision, conversation, got 'novels'"),
 ])
 def test_a_profile_of_nothing_is_refused(engine, options, words):
@@ -285,7 +287,10 @@ def test_the_doctor_warns_of_a_busy_machine_and_a_slowed_gpu(engine):
     assert found["GPU"].what == "300 W, 1200 MHz, 88 C; slowed by power cap"
 
 
-@pytest.mark.parametrize(("version", "state"), [("7.0.1", MISSING), ("7.4.0", OK), ("6.31.0", NOTE), ("7.3.0", OK), ("6.20", NOTE)])
+KERNELS = [("7.0.1", MISSING), ("7.4.0", OK), ("6.31.0", NOTE), ("7.3.0", OK), ("6.20", NOTE)]
+
+
+@pytest.mark.parametrize(("version", "state"), KERNELS)
 def test_the_doctor_knows_the_kernels(version, state):
     assert ipykernel_advice(version)[0] == state
 
@@ -294,3 +299,17 @@ def test_a_profile_is_an_iterable_of_streams(engine):
     blocks = profile(engine, ["1x20"], ["off"], workload=letters.random_text(), blocks=1)
     assert isinstance(blocks, Profile)
     assert all(a is not b for a, b in pairwise([*blocks]))
+
+
+def test_a_cell_for_which_memory_ran_out_meanwhile_is_skipped_too(engine, monkeypatch):
+    blocks = profile(engine, ["2x20", "1x20"], ["off"], workload=letters.random_text(), blocks=1, block_s=1e-9)
+    honest = sd.Engine.open
+
+    def full(self, workload):
+        if workload.batch == 2:
+            raise CacheTooLarge("123 bytes are free")
+        return honest(self, workload)
+
+    monkeypatch.setattr(sd.Engine, "open", full)
+    assert [str(record(stream).header.cell) for stream in blocks] == ["1x20"]
+    assert blocks.skipped == {Cell(2, 20): "123 bytes are free"}

@@ -82,25 +82,33 @@ class Profile:
         self.configs = configs if OFF in configs else (OFF, *configs)
         self.notices: list[str] = [] if OFF in configs else [BASELINE_ADDED]
         self.skipped: dict[Cell, str] = {}
+        for cell in cells:
+            self._skip(cell, sessions.why_not(cell))
+        if len(self.skipped) == len(cells):
+            raise ValueError(f"none of these cells can run. {'; '.join(self.notices)}")
         self.mismatches: dict[tuple[Cell, str], Mismatch] = {}
         self._sessions, self._seed, self._is_gated = sessions, seed, is_gated
 
     def __iter__(self) -> Iterator[Stream]:
-        for cell in self.cells:
+        for cell in (c for c in self.cells if c not in self.skipped):
             try:
                 session = self._sessions.open(cell)
-            except (CacheTooLarge, ValueError) as error:  # too large, too long, or no such text: the others go on
-                self.skipped[cell] = str(error)
-                self.notices.append(f"{cell} skipped: {error}")
+            except CacheTooLarge as error:  # memory was free when this profile was made; the other cells go on
+                self._skip(cell, str(error))
                 continue
             yield from self._cell(cell, session)
             del session
             self._sessions.forget(cell)
 
+    def _skip(self, cell: Cell, reason: str | None) -> None:
+        if reason is not None:
+            self.skipped[cell] = reason
+            self.notices.append(f"{cell} skipped: {reason}")
+
     @property
     def num_streams(self) -> int:
-        """Streams to come if no cell is skipped."""
-        return len(self.cells) * len(self.configs) * self.blocks
+        """Streams in all, of the cells that are not skipped."""
+        return (len(self.cells) - len(self.skipped)) * len(self.configs) * self.blocks
 
     def trusted(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         """Those whose tokens were those of plain decoding: only these may show a speed."""
@@ -165,7 +173,8 @@ def profile(
 
     workload  a kind of shipped held-out text, or a function from cell to Workload
     block_s   engine seconds of one stream; it also ends when rows finish
-    raises    UnsupportedConfig for a configuration that this engine cannot run, before anything is measured
+    raises    UnsupportedConfig for a configuration that this engine cannot run, ValueError when no cell can run; both
+              before anything is measured
     """
     if not cells or not configs:
         raise ValueError(f"a profile needs at least one cell and one configuration, got {len(cells)} and {len(configs)}")

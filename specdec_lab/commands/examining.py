@@ -1,0 +1,68 @@
+"""`doctor`, `bench` and `demo`: the machine, the engine's own cost, and the main job end to end."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from .files import writable_folder
+from .lab import Lab
+from .mistakes import UserMistake, asked
+from .outcome import OK, RED, Outcome
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from ..engine.loop import Engine
+
+
+def doctor(lab: Lab, args: Namespace) -> Outcome:
+    """Examine the machine, with the engine in use or the one that the arguments name."""
+    from ..bench.doctor import examine
+
+    engine: Engine | None = None
+    reason = ""
+    try:
+        engine = lab.engine_for(args)
+    except UserMistake as mistake:
+        reason = str(mistake)
+    diagnosis = examine(engine, reason)
+    return Outcome(diagnosis, str(diagnosis), diagnosis.to_dict())
+
+
+def bench(lab: Lab, args: Namespace) -> Outcome:
+    """Measure what the instrumentation costs; `--save` appends the row to the database's bench folder."""
+    from ..bench.overhead import DEFAULT_CONFIGS, OutputsDiffer, overhead
+    from ..bench.profile import check_configs
+    from ..tune import find_database
+    from ..tune.db import append_lines
+
+    lab.check_idle("profile")
+    engine = lab.engine_for(args)
+    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    screen = Screen(lab.err)
+    configs = args.config or DEFAULT_CONFIGS
+    try:
+        with asked():
+            check_configs(engine, configs)
+            report = overhead(
+                engine.pair, args.cell, configs, rounds=args.rounds, blocks=args.blocks, workload=args.workload,
+                backend=args.backend or "auto", say=screen.say,
+            )
+    except OutputsDiffer as red:
+        return Outcome(None, str(red), {"error": str(red)}, RED)
+    if folder is not None:
+        append_lines(folder / "overhead.jsonl", [json.dumps(report.to_dict(), sort_keys=True)])
+    return Outcome(report, str(report), report.to_dict())
+
+
+def demo(lab: Lab, args: Namespace) -> Outcome:
+    """Profile, tune and explain; everything goes below `--out`."""
+    from ..bench.demo_run import fresh_folder, run_demo
+
+    folder = writable_folder(args.out)
+    with asked():
+        fresh_folder(folder)
+    engine = lab.engine_for(args)
+    result = run_demo(engine, folder, budget_s=args.budget, say=Screen(lab.err).say)
+    return Outcome(result, str(result), result.to_dict(), RED if result.mismatches else OK)

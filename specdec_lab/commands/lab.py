@@ -1,0 +1,105 @@
+"""What the verbs of one shell command, or of one notebook, share: the engine in use, the policy in use, where words go."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from .mistakes import UserMistake, asked
+
+if TYPE_CHECKING:
+    from ..engine.loop import Engine
+    from ..engine.models.loading import ModelPair
+    from ..policy import Policy
+
+PLACEMENT = ("device", "dtype", "runner")
+MEASURING = ("run", "profile", "tune")  # two of these at a time would disturb each other's numbers
+
+
+class Background(Protocol):
+    """A run or a tuning that goes on while the notebook is idle."""
+
+    name: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still works."""
+
+    def headline(self) -> str:
+        """One line on how it stands."""
+
+    def stop(self) -> None:
+        """End it at the next boundary."""
+
+    def close(self) -> Any:
+        """Stop, wait a little, and take its display away."""
+
+
+class Lab:
+    """load  gives a ModelPair; injected in tests
+
+    variables  the notebook's names, where `load --as NAME` puts the engine; None in a shell
+    background what was started in this notebook, by verb
+    """
+
+    def __init__(
+        self, load: Callable[..., ModelPair] | None = None, *, variables: dict[str, Any] | None = None,
+        out: TextIO | None = None, err: TextIO | None = None,
+    ) -> None:
+        self._load = load or _load
+        self.variables = variables
+        self.out, self.err = out or sys.stdout, err or sys.stderr
+        self.engine: Engine | None = None
+        self.policy: Policy | None = None
+        self.background: dict[str, Background] = {}
+
+    @property
+    def is_notebook(self) -> bool:
+        """Whether objects are wanted rather than text."""
+        return self.variables is not None
+
+    def engine_for(self, args: Namespace) -> Engine:
+        """The engine in use if the arguments name no other, else a new one, which is then in use."""
+        wanted = {name: value for name in ("model", "draft", "backend", *PLACEMENT) if (value := getattr(args, name, None))}
+        if self.engine is None or wanted:
+            self.engine = self._make(wanted)
+        return self.engine
+
+    def load(self, args: Namespace) -> Engine:
+        """A new engine, in use from now on, and under the name that `--as` gives."""
+        name = args.name
+        if name is not None and not name.isidentifier():
+            raise UserMistake(f"--as needs a variable name, got {name!r}")
+        if name is not None and self.variables is None:
+            raise UserMistake("--as keeps an engine in a notebook; a shell command ends with its engine")
+        self.engine = None
+        engine = self.engine_for(args)
+        if name is not None and self.variables is not None:
+            self.variables[name] = engine
+        return engine
+
+    def _make(self, wanted: dict[str, str]) -> Engine:
+        with asked():
+            from ..engine.loop import Engine
+
+            placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
+            pair = self._load(wanted.get("model", "demo"), wanted.get("draft"), **placement)
+            return Engine(pair, wanted.get("backend", "auto"))
+
+    def check_idle(self, name: str) -> None:
+        """Refuse to measure while another verb measures; the same verb replaces its earlier run."""
+        for other in MEASURING:
+            running = self.background.get(other)
+            if name in MEASURING and other != name and running is not None and running.is_alive:
+                raise UserMistake(
+                    f"{other} is still running and would disturb this measurement ({running.headline()}). Wait for it, or "
+                    f"%specdec stop {other}"
+                )
+
+
+def _load(*arguments: Any, **options: Any) -> ModelPair:
+    from ..engine.models.loading import load
+
+    return load(*arguments, **options)

@@ -1,0 +1,263 @@
+"""The one parser of `specdec-lab VERB ...` and `%specdec VERB ...`. Building it and its help loads nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from ..records import Cell, parse_count
+from .mistakes import UserMistake
+from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
+
+WORKLOADS = ("prose", "code", "revision", "conversation")
+ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
+SHELL, NOTEBOOK = "specdec-lab", "%specdec"
+
+
+class Finished(Exception):
+    """The parser has said what was asked for (help, version) and there is nothing to run."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes raise UserMistake and help raises Finished, so that a notebook kernel survives both."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """One line that ends with where to look."""
+        raise UserMistake(f"{message}. See {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Help and version end here."""
+        raise Finished(message or "")
+
+
+def build_parser(prog: str = SHELL) -> Parser:
+    """The parser, with the two verbs that only a notebook has when `prog` is the magic's name."""
+    parser = Parser(prog=prog, description="See where speculative decoding pays, by batch size and sequence length.",
+                    epilog=f"Every verb has its own help with examples: {prog} profile --help")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, _bench, _demo):
+        add(_Verbs(verbs, prog))
+    if prog == NOTEBOOK:
+        _stop(_Verbs(verbs, prog))
+    return parser
+
+
+class _Verbs:
+    """Adds verbs whose examples carry the name under which the user called."""
+
+    def __init__(self, actions: Any, prog: str) -> None:
+        self._actions, self._prog = actions, prog
+
+    def add(self, name: str, gives: str, *examples: str, handler: str = "") -> Parser:
+        lines = "\n".join(f"  {self._prog} {name} {example}".rstrip() for example in examples)
+        made: Parser = self._actions.add_parser(name, help=gives, description=gives[0].upper() + gives[1:] + ".",
+                                                epilog=f"examples:\n{lines}" if lines else None)
+        made.set_defaults(handler=handler)
+        return made
+
+
+def _load(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "load", "load a target and its draft, and say what they are", "", "path/to/model --draft path/to/draft",
+        "demo --runner hf", handler="models:load",
+    )
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="demo (the shipped pair, default), a folder or a hub name")
+    _placement(verb)
+    verb.add_argument("--as", dest="name", metavar="NAME", help="in a notebook: keep the engine under this variable name too")
+    _json(verb)
+
+
+def _run(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "run", "continue a prompt and show every step", "--prompt 'import os' --config self:4+60/chain3",
+        "--workload revision --cell 8x4k --config ngram/chain8", "--file notes.txt --config policy.json --trace run.jsonl.gz",
+        handler="generation:run",
+    )
+    source = verb.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch")
+    source.add_argument("--file", metavar="FILE", help='a text file, or .jsonl with one {"text": ...} per line; - reads stdin')
+    source.add_argument("--workload", choices=WORKLOADS, help="shipped held-out text; needs --cell")
+    verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
+    verb.add_argument("--config", default="off", metavar="CONFIG",
+                      help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
+    _sampling(verb)
+    verb.add_argument("--max-new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
+    verb.add_argument("--trace", metavar="PATH", help="write every step here: .jsonl or .jsonl.gz")
+    verb.add_argument("--perfetto", metavar="PATH", help="write a timeline for ui.perfetto.dev: .json or .json.gz")
+    _model(verb)
+    _json(verb)
+
+
+def _profile(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "profile", "measure configurations against plain decoding, interleaved in blocks",
+        "--cells 1x1024,8x4096 --configs off,self:4+60/chain3",
+        "--cells 8x4k --configs ngram/chain8 --workload revision --report report.html",
+        handler="profiling:profile",
+    )
+    verb.add_argument("--cells", type=spelled(split_cells), required=True, metavar="BxL,...", help="for example 1x1024,8x4k")
+    verb.add_argument("--configs", type=spelled(split_configs), required=True, metavar="CONFIG,...",
+                      help="for example off,self:4+60/chain3; off is added if left out")
+    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    verb.add_argument("--blocks", type=spelled(parse_count), default=4, metavar="N",
+                      help="interleaved repetitions; the interval comes from them (default: 4)")
+    verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
+                      help="of one configuration in a block (default: 0.5)")
+    _sampling(verb)
+    verb.add_argument("--trace", metavar="DIR", help="write every block as a trace into this folder")
+    verb.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    _model(verb)
+    _json(verb)
+
+
+def _tune(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "tune", "search the best configuration per batch size and length, and write a policy",
+        "--batches 1,4,8 --lengths 512,1k,4k --budget 120s", "--batches 8 --lengths 4k --workload revision --dry-run",
+        handler="tuning:tune",
+    )
+    verb.add_argument("--batches", type=spelled(split_counts), default=(1, 4, 8), metavar="N,...", help="default: 1,4,8")
+    verb.add_argument("--lengths", type=spelled(split_counts), default=(512, 1024, 4096), metavar="N,...",
+                      help="default: 512,1k,4k")
+    verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="90s, 2m (default: 120s)")
+    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
+    verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
+    verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
+    _sampling(verb)
+    _model(verb)
+    _json(verb)
+
+
+def _policy(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "policy", "show a policy, explain an answer of it, or check it against this machine", "show", "show 8x4k",
+        "explain 4x2k --policy runs/demo/policy.json", "check", handler="policies:policy",
+    )
+    verb.add_argument("action", choices=("show", "explain", "check"), help="what to do")
+    verb.add_argument("cell", nargs="?", type=spelled(Cell.parse), metavar="CELL", help="batch and length: 8x4k")
+    verb.add_argument("--policy", metavar="FILE", help="default: policy.json, as tune writes it")
+    _model(verb)
+    _json(verb)
+
+
+def _export(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "export", "say a policy in the words of a serving engine, with what gets lost", "policy.json --to vllm --length 4k",
+        "policy.json --to sglang --option draft_model=my/draft --out deploy/", handler="policies:export",
+    )
+    verb.add_argument("policy", metavar="POLICY", nargs="?", help="policy file (default: policy.json)")
+    verb.add_argument("--to", required=True, choices=ENGINES, help="the engine")
+    verb.add_argument("--length", metavar="N", help="usual context of the deployment, for example 4k; or: each")
+    verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                      help="of the engine, for example draft_model=my/draft")
+    verb.add_argument("--allow-labelled", action="store_true",
+                      help="export a policy labelled forced, random-weights or modelled")
+    verb.add_argument("--out", metavar="DIR", help="write the files here instead of printing them")
+    _json(verb)
+
+
+def _replay(verbs: _Verbs) -> None:
+    verb = verbs.add(
+        "replay", "show recorded runs again, as they happened", "run.jsonl.gz", "traces/ --speed 10",
+        "run.jsonl.gz --perfetto run.json.gz", handler="replaying:replay",
+    )
+    verb.add_argument("traces", nargs="+", metavar="TRACE", help="trace files, or folders of them")
+    verb.add_argument("--speed", type=spelled(positive), metavar="X",
+                      help="times real time (default: 1 in a notebook, at once in a shell)")
+    verb.add_argument("--perfetto", metavar="PATH", help="write a timeline of one trace for ui.perfetto.dev")
+    _json(verb)
+
+
+def _doctor(verbs: _Verbs) -> None:
+    verb = verbs.add("doctor", "say what this machine can run, how fast it reads, and what is missing", "", "--json",
+                     handler="examining:doctor")
+    _model(verb)
+    _json(verb)
+
+
+def _bench(verbs: _Verbs) -> None:
+    verb = verbs.add("bench", "measure the engine itself: what its instrumentation costs", "overhead",
+                     "overhead --cell 8x1k --config self:4+60/chain3 --save", handler="examining:bench")
+    verb.add_argument("what", choices=("overhead",), help="overhead: rounds with and without instrumentation, in turns")
+    verb.add_argument("--cell", type=spelled(Cell.parse), default=Cell(8, 1024), metavar="BxL", help="default: 8x1024")
+    verb.add_argument("--config", type=spelled(split_configs), default=(), metavar="CONFIG,...",
+                      help="default: off,self:4+60/chain3")
+    verb.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
+    verb.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="on, off, off, on each (default: 8)")
+    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    verb.add_argument("--save", action="store_true", help="append the result to the bench folder of the tuning database")
+    verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
+    _model(verb)
+    _json(verb)
+
+
+def _demo(verbs: _Verbs) -> None:
+    verb = verbs.add("demo", "do the main job on this machine with the shipped pair: profile, tune, write a policy", "",
+                     handler="examining:demo")
+    verb.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (default: runs/demo)")
+    verb.add_argument("--budget", type=spelled(seconds), default=75.0, metavar="TIME", help="of the tuning (default: 75s)")
+    _model(verb)
+    _json(verb)
+
+
+def _stop(verbs: _Verbs) -> None:
+    stop = verbs.add("stop", "stop what runs in the background; everything recorded is kept", "", "profile",
+                     handler="background:stop")
+    stop.add_argument("name", nargs="?", metavar="NAME", help="run, profile, replay or tune (default: all)")
+    verbs.add("status", "say what runs in the background, and which engine is loaded", "", handler="background:status")
+
+
+def _placement(verb: Parser) -> None:
+    verb.add_argument("--draft", metavar="MODEL", help="draft model: a folder or a hub name")
+    verb.add_argument("--device", metavar="DEVICE", help="auto, cpu or cuda (default: auto)")
+    verb.add_argument("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 (default: auto)")
+    verb.add_argument("--runner", choices=("auto", "fast", "hf"), help="fast: ours; hf: transformers' modules (default: auto)")
+    verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
+
+
+def _model(verb: Parser) -> None:
+    group = verb.add_argument_group("model", "default: the engine in use, else the shipped pair")
+    group.add_argument("--model", metavar="MODEL", help="demo (the shipped pair), a folder or a hub name")
+    _placement(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
+
+
+def _sampling(verb: Parser) -> None:
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (default: 1, all)")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens (default: 0, all)")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of the places in the text (default: 0)")
+    verb.add_argument("--verifier", choices=("rejection", "coupled"), default="rejection",
+                      help="rejection: the target's law; coupled: plain sampling's own tokens (default: rejection)")
+
+
+def _json(verb: Parser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON only")
+
+
+def options_of(parser: argparse.ArgumentParser, words: Iterable[str]) -> list[str]:
+    """What may come after these complete words: verbs, then options and choices, for completion."""
+    verbs = _choices(parser)
+    known = [word for word in words if word in verbs]
+    if not known:
+        return sorted([*verbs, "-h", "--help"])
+    verb, words = verbs[known[0]], list(words)
+    last = words[-1] if words else ""
+    for action in verb._actions:
+        if last in action.option_strings and action.nargs != 0:
+            return [str(choice) for choice in action.choices or ()]
+    options = [option for action in verb._actions for option in action.option_strings]
+    positional = [str(c) for action in verb._actions if not action.option_strings for c in action.choices or ()]
+    return sorted({*positional, *options} - {word for word in words if word.startswith("-")})
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
