@@ -122,8 +122,12 @@ def gate_3(pair: Pair) -> dict[str, Any]:
 
 
 def private_strings() -> set[str]:
-    """Paths of this machine that no generated text may hold. They are compared, and never written down."""
-    return {sys.prefix, sys.base_prefix, os.path.expanduser("~"), os.getcwd()} - {"/", ""}
+    """Paths of this machine that no generated text may hold. They are compared, and never written down.
+
+    A path of one component, such as the superuser's /root, is the same on every Unix machine and tells nothing of this one.
+    """
+    paths = {sys.prefix, sys.base_prefix, os.path.expanduser("~"), os.getcwd()}
+    return {p for p in paths if p.count("/") > 1}
 
 
 def gate_4(pair: Pair) -> dict[str, Any]:

@@ -256,6 +256,14 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         (folder / name).unlink(missing_ok=True)
 
 
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the trained target, with the options that it was made with."""
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def _prepare(arguments: argparse.Namespace) -> list[corpus.Document]:
     documents = corpus.collect(Path(arguments.manual) if arguments.manual else corpus.find_manual())
     manifest = HOME / "CORPUS.json"
@@ -283,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = make_tokenizer(d.text for d in training_text)
         teacher = None
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.out / "target")
+        tokenizer = read_tokenizer(arguments.out / "target")
         teacher = LlamaForCausalLM.from_pretrained(arguments.out / "target").eval()
     crops = Crops(training_text, tokenizer, arguments.seed)
     print(f"{len(crops.stream):,} training tokens in {len(training_text)} documents", flush=True)

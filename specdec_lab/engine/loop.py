@@ -66,6 +66,7 @@ class Engine:
         self.backend, self.refused = pick(backend, pair.target.need())
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
         self._clock = clock
+        self._versions = machine.versions()
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:
@@ -163,7 +164,7 @@ class Engine:
                 **machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(),
                 "torch_device": str(device),
             },
-            versions={"specdec_lab": __version__, **machine.versions()}, commit=machine.commit(), seed=workload.seed,
+            versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
             temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
             ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
             labels=self._labels(workload), block=block,
@@ -186,6 +187,12 @@ class OpenSession:
         return Stream(header, self._run(chooser, fixed))
 
     def _run(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
+        try:
+            yield from self._rounds(chooser, fixed)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{self._engine.pair.target.name} ran out of device memory in a round: {error}") from None
+
+    def _rounds(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         session, clock = self._session, self._clock
         observe = getattr(chooser, "observe", None)
         if self._used:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..records import PHASES, Run
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 PLOTLY_CONFIG = {"showSendToCloud": False, "displaylogo": False}
 MAX_POINTS = 1000
-MAX_NAMED_STARTS = 12
+MAX_NAMED_STARTS = 6
 HATCH = {
     "shape": "/",
     "fgcolor": KV.colour,
@@ -121,8 +122,8 @@ def step_strip_figure(data: StripData, *, dark: bool = False) -> go.Figure:
             hovertemplate="%{y:.3f} ms",
         )
     for step, label in data.starts:
-        named = {"annotation_text": label, "annotation_textangle": -90} if len(data.starts) <= MAX_NAMED_STARTS else {}
-        figure.add_vline(x=step, line_width=1, line_dash="dot", **named)
+        named = {"annotation": {"text": label, "y": 1, "yanchor": "bottom", "xanchor": "left"}}
+        figure.add_vline(x=step, line_width=1, line_dash="dot", **(named if len(data.starts) <= MAX_NAMED_STARTS else {}))
     figure.update_yaxes(range=[0, _high(data.total_ms)])
     return dress(figure, f"Time per round, measured: {data.title}<br><sup>{MODELLED}</sup>", "round", "ms per round", dark)
 
@@ -273,6 +274,10 @@ def dress(figure: go.Figure, title: str, x: str, y: str, dark: bool) -> go.Figur
 
 
 def figure_bundle(figure: go.Figure, text: str) -> dict[str, Any]:
-    """What to display for a figure: plotly's own form without its upload button; `text` where plotly cannot draw."""
+    """What to display for a figure: plotly's own form without its upload button; `text` where plotly cannot draw (GitHub)."""
     plot = json.loads(figure.to_json())
-    return {"application/vnd.plotly.v1+json": {**plot, "config": PLOTLY_CONFIG}, "text/plain": text}
+    return {
+        "application/vnd.plotly.v1+json": {**plot, "config": PLOTLY_CONFIG},
+        "text/html": f"<pre>{escape(text)}</pre>",
+        "text/plain": text,
+    }

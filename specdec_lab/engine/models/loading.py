@@ -19,6 +19,7 @@ from .hf import HFRunner
 from .runner import Runner
 
 DEMO = Path(__file__).parents[2] / "demo"
+DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M"}
 
 
 class ModelNotFound(ValueError):
@@ -106,7 +107,7 @@ def _load_one(
     reason = fast_llama.why_not(config)
     if runner == "fast" and reason:
         raise ValueError(f"{reason}. Use runner='hf'.")
-    name = Path(where).name if Path(where).exists() else where
+    name = DEMO_NAMES.get(Path(where)) or (Path(where).name if Path(where).exists() else where)
     loaded: Runner
     if runner == "hf" or reason:
         loaded = HFRunner(_hf_model(where, chosen, device), name=name)
