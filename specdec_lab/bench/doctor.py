@@ -174,8 +174,10 @@ def ipykernel_advice(version: str) -> tuple[str, str]:
 
 
 def _database(explicit: str | os.PathLike[str] | None) -> Finding:
-    places = describe(explicit).replace(f"{Path.cwd()}{os.sep}", "").splitlines()
-    return Finding("database", OK, "; ".join(places))
+    places = describe(explicit)
+    for folder, short in ((Path.cwd(), ""), (Path(__file__).parents[2], ""), (Path.home(), f"~{os.sep}")):
+        places = places.replace(f"{folder}{os.sep}", short)  # what a reader can place, and a notebook may store
+    return Finding("database", OK, "; ".join(places.splitlines()))
 
 
 def _optional() -> Iterable[Finding]:

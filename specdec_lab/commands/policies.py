@@ -72,7 +72,7 @@ def policy_words(found: Policy) -> str:
     header = found.header
     labels = f"; labels: {', '.join(header['labels'])}" if header["labels"] else ""
     measured = f"{header['target']}, workload {header['workload']}, {header['device']}, {header['dtype']}"
-    about = f"{measured}, {header['created']}{labels}"
+    about = f"{measured}, {header['created'][:10]}{labels}"
     head = ("cell", "state", "config", "speed-up", "95% interval", "tokens/s", "plain tokens/s")
     return "\n".join([found.headline(), about, "", *columns([head, *map(row_cells, found.table)])])
 

@@ -67,7 +67,7 @@ def _refuse_labels(policy: Policy, allow_labelled: bool) -> None:
 def _origin(policy: Policy) -> tuple[str, ...]:
     """Where the numbers come from: a number never travels without its header."""
     header = policy.header
-    made = f"policy of {header['created']}, workload {header['workload']}, {header['device']}, {header['dtype']}"
+    made = f"policy of {header['created'][:10]}, workload {header['workload']}, {header['device']}, {header['dtype']}"
     labels = (f"labels of the policy: {', '.join(header['labels'])}",) if header["labels"] else ()
     composed = sum(row.state == "composed" for row in policy.table)
     share = f"{composed} of {len(policy.table)} rows are composed from measured parts, not measured end to end"
