@@ -487,8 +487,8 @@ def test_bench_overhead_is_printed_and_saved_only_when_asked(random_text):
 
 
 def test_the_demo_says_what_happened_and_where_everything_is(random_text, monkeypatch, quick_tuning):
-    monkeypatch.setattr(demo_run, "WINS", sd.Cell(2, 40))
-    monkeypatch.setattr(demo_run, "LOSES", sd.Cell(1, 20))
+    monkeypatch.setattr(demo_run, "LARGE", sd.Cell(2, 40))
+    monkeypatch.setattr(demo_run, "SMALL", sd.Cell(1, 20))
     monkeypatch.setattr(demo_run, "GRID", ((1, 2), (20, 40)))
     monkeypatch.setattr(demo_run, "BLOCKS", 2)
     monkeypatch.setattr(demo_run, "BLOCK_S", 0.001)

@@ -12,7 +12,16 @@ import letters
 import specdec_lab as sd
 from specdec_lab.bench.doctor import MISSING, NOTE, OK, examine, ipykernel_advice
 from specdec_lab.bench.overhead import OutputsDiffer, _measure, overhead
-from specdec_lab.bench.profile import BASELINE_ADDED, Mismatch, Profile, TokenGate, check_configs, limited, profile
+from specdec_lab.bench.profile import (
+    BASELINE_ADDED,
+    Mismatch,
+    Profile,
+    TokenGate,
+    check_configs,
+    limited,
+    profile,
+    repeated_share,
+)
 from specdec_lab.bench.sessions import Sessions
 from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.records import Cell, SpecConfig, UnsupportedConfig
@@ -63,7 +72,7 @@ def test_prompts_are_read_once_and_no_scored_run_holds_a_prefill(engine):
     blocks, runs = drained(engine)
     assert all(step.kind == "round" for run in runs for step in run.steps)
     assert all(step.context_tokens[0] == 29 for run in runs for step in run.steps[:1])
-    assert "2x30: prompts read in" in blocks.notices[-1]
+    assert "2x30: prompts read in" in blocks.notices[0]
 
 
 def test_a_block_ends_after_its_seconds_of_engine_time():
@@ -142,6 +151,15 @@ def test_the_gate_compares_what_both_emitted_and_nothing_beyond():
     assert gate.find(ours) is None
     gate.take(SpecConfig.off(), [[1, 2, 9], [5]])
     assert gate.find(ours) == Mismatch(Cell(2, 8), "ngram/chain2", 0, 2, 3, 9)
+
+
+def test_a_reader_is_told_when_the_text_loops(engine, monkeypatch):
+    loop = [1, 2, 3, 4, 5, 6, 7, 8] * 4  # of 25 runs of 8 tokens, 8 are new
+    assert repeated_share([loop]) == pytest.approx(1 - 8 / 25)
+    assert repeated_share([list(range(40)), list(range(40))]) == 0
+    assert repeated_share([[1, 2, 3]]) == 0
+    monkeypatch.setattr(TokenGate, "plain", [loop])
+    assert "68% of the runs of 8 tokens that plain decoding wrote repeat" in drained(engine)[0].notices[-1]
 
 
 @pytest.mark.parametrize(("sampling", "is_gated"), [

@@ -1,5 +1,5 @@
-"""The main job from end to end on this machine: profile a cell where speculation can win and one where it loses, tune a
-small grid, write everything down, and say in plain words what was found.
+"""The main job from end to end on this machine: profile a cell where speculation can win and one where it can lose, on text
+that copies and on text that does not, tune a small grid, write everything down, and say in plain words what was found.
 
 Everything that is said was measured in this run. Nothing of an earlier run is used, and the committed database is left
 alone. Not known here: the command line.
@@ -21,19 +21,20 @@ from ..stream import record
 from ..summary import Comparison, compare
 from ..trace import write_perfetto, write_run
 from .doctor import examine
-from .profile import Mismatch, profile
+from .profile import Mismatch, Profile, profile
 from .tuning import prepare
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
     from ..tune import Progress
 
-WORKLOAD = "revision"  # a text, then an edited copy of it: much is worth copying, as in editing and quoting
-WINS, LOSES = Cell(8, 4096), Cell(1, 1024)
+WORKLOADS = {"prose": "the Python manual", "revision": "a text, then an edited copy of it: much is worth copying"}
+TUNED = "revision"
+SMALL, LARGE = Cell(1, 1024), Cell(8, 4096)  # KV that fits in a cache, and KV that is most of the time of a step
 CONFIGS = ("off", "self:4+60/chain3", "model:4+124/chain3", "ngram/chain6")
-BLOCKS, BLOCK_S = 5, 0.5
+BLOCKS, BLOCK_S = 4, 0.5
 GRID = ((1, 8), (1024, 4096))
-BUDGET_S = 75.0
+BUDGET_S = 90.0
 MARKER = "demo.json"  # what a folder of the demo is known by, before anything in it is replaced
 PARTS = {
     "report": ("report.html", "tables and pictures of every block, for a browser"),
@@ -52,7 +53,7 @@ class NotADemoFolder(ValueError):
 class DemoResult:
     """What the demo found. `str()` says it in plain words."""
 
-    machine: str
+    machine: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     mismatches: tuple[Mismatch, ...]
     notices: tuple[str, ...]
@@ -61,39 +62,38 @@ class DemoResult:
     seconds: float
 
     def __str__(self) -> str:
-        cells = dict.fromkeys(c.cell for c in self.comparisons)
-        found = [line for cell in cells for line in _cell_words(cell, [c for c in self.comparisons if c.cell == cell])]
+        places = dict.fromkeys((c.cell, c.workload) for c in self.comparisons)
+        found = [_place_words([c for c in self.comparisons if (c.cell, c.workload) == place]) for place in places]
         errors = [f"wrong tokens: {mismatch}" for mismatch in self.mismatches]
-        notices = [line for line in self.notices if "skipped" in line]
-        places = [f"  {self.paths[name]}  {what}" for name, (_, what) in PARTS.items()]
+        paths = [f"  {self.paths[name]}  {what}" for name, (_, what) in PARTS.items()]
         return "\n".join([
-            self.machine, "", *found, *notices, *errors, self.outcome(), "", *_policy_words(self.policy), "",
-            "what was written:", *places, "", f"measured in {self.seconds:.0f} s",
+            *self.machine, "", *(f"{words}\n" for words in found), *self.notices, *errors, self.outcome(), "",
+            *_policy_words(self.policy), "", "what was written:", *paths, "", f"measured in {self.seconds:.0f} s",
         ])  # fmt: skip
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 
     def outcome(self) -> str:
-        """One sentence: where speculation won, or that it won nowhere, with the nearest miss."""
-        measured = [c for c in self.comparisons if c.speedup is not None]
-        won = [c for c in measured if c.speedup is not None and c.speedup.low > 1]
-        if won:
-            best = max(won, key=_mean)
-            times = f"{_mean(best):.2f} times as fast as plain decoding"
-            return f"Speculation won: {best.config} decoded {times} in cell {best.cell}."
-        if not measured:
-            return "Nothing could be compared with plain decoding."
-        best = max(measured, key=_mean)
-        return f"Speculation won in neither cell. The best was {best.config} in cell {best.cell}: {best.verdict}."
+        """Where speculation won and where it did not, by the best configuration of each place."""
+        best: dict[tuple[Cell, str], Comparison] = {}
+        for c in self.comparisons:
+            if c.speedup is not None:
+                place = (c.cell, c.workload)
+                best[place] = max(best.get(place, c), c, key=_mean)
+        won = [c for c in best.values() if c.speedup and c.speedup.low > 1]
+        others = [c for c in best.values() if c not in won]
+        lines = [f"  won in {c.cell} {c.workload}: {c.config} {_interval(c)} plain decoding" for c in won]
+        lines += [f"  not in {c.cell} {c.workload}: the best was {c.config}, {c.verdict}" for c in others]
+        return "\n".join([f"Speculation paid in {len(won)} of {len(best)} places.", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
-            "machine": self.machine, "outcome": self.outcome(), "seconds": self.seconds,
+            "machine": list(self.machine), "outcome": self.outcome(), "seconds": self.seconds,
             "cells": [
-                {"cell": str(c.cell), "config": c.config, "tokens_per_s": c.summary.tokens_per_s, "verdict": c.verdict,
-                 "speedup": c.speedup.to_dict() if c.speedup else None}
+                {"cell": str(c.cell), "workload": c.workload, "config": c.config, "tokens_per_s": c.summary.tokens_per_s,
+                 "speedup": c.speedup.to_dict() if c.speedup else None, "verdict": c.verdict}
                 for c in self.comparisons
             ],
             "mismatches": [str(mismatch) for mismatch in self.mismatches], "policy": self.policy.headline(),
@@ -107,19 +107,41 @@ def run_demo(
     """Do the main job with this engine and write everything below `folder`."""
     began = time.monotonic()
     paths = fresh_folder(folder)
-    machine = examine(engine).headline
-    say(f"1/4  {machine}")
-    configs = [c for c in CONFIGS if c != CONFIGS[2] or engine.pair.draft is not None]
-    blocks = profile(engine, (LOSES, WINS), configs, workload=WORKLOAD, blocks=BLOCKS, block_s=BLOCK_S)
-    say(f"2/4  profiling {LOSES} and {WINS}: {', '.join(configs)}; {BLOCKS} interleaved blocks of {BLOCK_S:g} s each")
-    runs = [record(stream) for stream in blocks]
-    trusted = blocks.trusted(compare(runs))
+    machine = _machine_words(engine)
+    for line in machine:
+        say(f"1/4  {line}")
+    runs, trusted, profiles = _profile(engine, say)
     policy = _tune(engine, paths, folder, budget_s, say)
     say("4/4  writing")
     _write(runs, trusted, policy, paths)
-    return DemoResult(
-        machine, trusted, tuple(blocks.mismatches.values()), tuple(blocks.notices), policy, paths, time.monotonic() - began
-    )
+    mismatches = tuple(found for blocks in profiles for found in blocks.mismatches.values())
+    told = [(name, line) for name, blocks in zip(WORKLOADS, profiles, strict=True) for line in blocks.notices]
+    notices = tuple(f"{name} {line}" for name, line in told if "prompts read" not in line)
+    return DemoResult(machine, trusted, mismatches, notices, policy, paths, time.monotonic() - began)
+
+
+def _machine_words(engine: Engine) -> tuple[str, ...]:
+    """What this machine is, and whether other work disturbs it."""
+    diagnosis = examine(engine)
+    disturbed = [f for f in diagnosis.findings if f.topic == "load" and f.advice]
+    return diagnosis.headline, *(f"note: {f.what}. {f.advice}" for f in disturbed)
+
+
+def _profile(engine: Engine, say: Callable[[str], None]) -> tuple[list[Run], tuple[Comparison, ...], list[Profile]]:
+    """Every run of both workloads, the comparisons that may be trusted, and what the profiles noticed."""
+    configs = [c for c in CONFIGS if engine.pair.draft is not None or not c.startswith("model")]
+    say(f"2/4  profiling {', '.join(configs)} in {BLOCKS} interleaved blocks of {BLOCK_S:g} s")
+    runs: list[Run] = []
+    trusted: list[Comparison] = []
+    profiles = []
+    for name, meaning in WORKLOADS.items():
+        say(f"     on {name}: {meaning}")
+        blocks = profile(engine, (SMALL, LARGE), configs, workload=name, blocks=BLOCKS, block_s=BLOCK_S)
+        fresh = [record(stream) for stream in blocks]
+        runs += fresh
+        trusted += blocks.trusted(compare(fresh))
+        profiles.append(blocks)
+    return runs, tuple(trusted), profiles
 
 
 def fresh_folder(folder: Path) -> dict[str, Path]:
@@ -140,9 +162,9 @@ def fresh_folder(folder: Path) -> dict[str, Path]:
 def _tune(engine: Engine, paths: dict[str, Path], folder: Path, budget_s: float, say: Callable[[str], None]) -> Policy:
     batches, lengths = GRID
     tuning = prepare(
-        engine, batches, lengths, budget_s, workload=WORKLOAD, database=paths["records"], run_dir=folder / "tune"
+        engine, batches, lengths, budget_s, workload=TUNED, database=paths["records"], run_dir=folder / "tune"
     )
-    say(f"3/4  tuning {len(tuning.plan.cells)} cells in at most {budget_s:.0f} s")
+    say(f"3/4  tuning {len(tuning.plan.cells)} cells of {TUNED} in at most {budget_s:.0f} s")
 
     def report(progress: Progress) -> None:
         if progress.stage == "cell":
@@ -155,13 +177,14 @@ def _tune(engine: Engine, paths: dict[str, Path], folder: Path, budget_s: float,
 
 
 def _write(runs: Sequence[Run], trusted: Sequence[Comparison], policy: Policy, paths: dict[str, Path]) -> None:
-    """Report, and the trace and timeline of the block that shows most: the best configuration of the larger cell."""
+    """Report, and the trace and timeline of one block: of the best configuration in the larger cell."""
     from ..view.report import write_report
 
     write_report(paths["report"], runs, comparisons=trusted, policy=policy.to_dict(), title="The demo: where speculation pays")
     candidates = [c for c in trusted if c.speedup is not None] or list(trusted)
-    best = max(candidates, key=lambda c: (c.cell == WINS, _mean(c)))
-    shown = next(run for run in runs if (run.header.cell, run.header.config) == (best.cell, best.config))
+    best = max(candidates, key=lambda c: (c.cell == LARGE, _mean(c)))
+    wanted = (best.cell, best.workload, best.config)
+    shown = next(run for run in runs if (run.header.cell, run.header.workload, run.header.config) == wanted)
     write_run(shown, paths["trace"], overwrite=True)
     write_perfetto(shown, paths["timeline"])
 
@@ -170,20 +193,24 @@ def _mean(c: Comparison) -> float:
     return c.speedup.mean if c.speedup is not None else 0.0
 
 
-def _cell_words(cell: Cell, comparisons: Sequence[Comparison]) -> list[str]:
-    """A paragraph per cell: plain decoding first, then what every configuration did and why."""
+def _interval(c: Comparison) -> str:
+    assert c.speedup is not None
+    return f"{c.speedup.mean:.2f}x ({c.speedup.low:.2f} to {c.speedup.high:.2f})"
+
+
+def _place_words(comparisons: Sequence[Comparison]) -> str:
+    """A paragraph: plain decoding first, then what every configuration did and why."""
+    cell, workload = comparisons[0].cell, comparisons[0].workload
     sequences = "1 sequence" if cell.batch == 1 else f"{cell.batch} sequences"
-    lines = [f"{cell}: {sequences} of {cell.length} tokens"]
-    for c in comparisons:
+    lines = [f"{cell} {workload}: {sequences} of {cell.length} tokens, {WORKLOADS.get(workload, 'own text')}"]
+    for c in sorted(comparisons, key=lambda c: (c.config != "off", c.config)):
+        speed = f"  {c.config.ljust(20)} {c.summary.tokens_per_s:,.0f} tokens/s"
         if c.config == "off":
-            labels = f" ({', '.join(c.summary.labels)})" if c.summary.labels else ""
-            step_ms = sum(c.summary.parts_s.values()) * 1e3
-            speed = f"{c.summary.tokens_per_s:,.0f} tokens/s, {step_ms:.2f} ms a step"
-            lines.append(f"  {'off'.ljust(20)} {speed}: plain decoding{labels}")
-    for c in comparisons:
-        if c.config != "off":
-            lines.append(f"  {c.config.ljust(20)} {c.summary.tokens_per_s:,.0f} tokens/s, {c.verdict}")
-    return [*lines, ""]
+            labels = f" [{', '.join(c.summary.labels)}]" if c.summary.labels else ""
+            lines.append(f"{speed}, {sum(c.summary.parts_s.values()) * 1e3:.2f} ms a step: plain decoding{labels}")
+        else:
+            lines.append(f"{speed}, {c.verdict}")
+    return "\n".join(lines)
 
 
 def _policy_words(policy: Policy) -> list[str]:

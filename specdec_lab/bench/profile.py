@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OFF = SpecConfig.off()
 WARM_UP_SHARE, WARM_UP_ROUNDS = 0.25, 3  # of a block, and at least this many rounds
+GRAM, LOOPING = 8, 0.2  # tokens of a run, and the share of repeated ones from which on a reader is told
 BASELINE_ADDED = "plain decoding (off) was added: every speed-up is measured against it in the same blocks"
 
 
@@ -56,10 +57,15 @@ class TokenGate:
         known = self._longest.setdefault(str(config), [[] for _ in rows])
         self._longest[str(config)] = [max(pair, key=len) for pair in zip(known, rows, strict=True)]
 
+    @property
+    def plain(self) -> list[list[int]]:
+        """The longest rows of plain decoding."""
+        return self._longest.get(str(OFF), [])
+
     def find(self, config: SpecConfig) -> Mismatch | None:
         """Where this configuration and plain decoding differ; None if nowhere in what both emitted."""
-        ours, plain = self._longest.get(str(config), []), self._longest.get(str(OFF), [])
-        for row, (mine, right) in enumerate(zip(ours, plain, strict=False)):
+        ours = self._longest.get(str(config), [])
+        for row, (mine, right) in enumerate(zip(ours, self.plain, strict=False)):
             for place, (got, expected) in enumerate(zip(mine, right, strict=False)):
                 if got != expected:
                     return Mismatch(self._cell, str(config), row, place, got, expected)
@@ -122,6 +128,12 @@ class Profile:
             for config in self._order(block):
                 yield self._block(cell, session, config, block, gate)
         self._judge(cell, gate)
+        share = repeated_share(gate.plain)
+        if share >= LOOPING:
+            self.notices.append(
+                f"{cell}: {share:.0%} of the runs of {GRAM} tokens that plain decoding wrote repeat earlier ones: such text is "
+                "easy to draft, for ngram above all"
+            )
 
     def _order(self, block: int) -> list[SpecConfig]:
         """Shuffled, then the same order reversed: over two blocks a steady drift of the machine cancels."""
@@ -212,6 +224,13 @@ def limited(stream: Stream, seconds: float, min_rounds: int = 1) -> Stream:
                         return
 
     return Stream(stream.header, steps())
+
+
+def repeated_share(rows: Sequence[Sequence[int]], gram: int = GRAM) -> float:
+    """How many of the runs of `gram` tokens occurred before in their row, as a share: greedy text of small models loops."""
+    grams = [[tuple(row[i : i + gram]) for i in range(len(row) - gram + 1)] for row in rows]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(found)) for found in grams) / total if total else 0.0
 
 
 class _Rows:
