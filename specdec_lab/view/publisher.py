@@ -100,13 +100,12 @@ class Publisher(threading.Thread):
             self._write_line(self._line)
 
     def finish(self) -> None:
-        """The last keyframe, the last display, and the status line wiped."""
-        self._due["keyframe"] = self._due["meta"] = 0.0
+        """What the notebook keeps, then the last keyframe: a view that says "finished" is saved as finished."""
+        self._shown.renew_display()
         with self._lock:
             self._drain()
             if self._widget is not None:
                 self._widget.publish(self.feed.keyframe(self._meta(everything=True)))
-        self._shown.renew_display()
         if self._line is not None:
             self._line.write("\r\x1b[K")
             self._line.flush()

@@ -96,7 +96,7 @@ function tilesOf(store) {
   const speedup = speedupOf(store, row);
   return [
     [quantity(row.tps), "tokens/s", "all rows together, prefill not counted"],
-    [speedup.ratio, `vs plain decoding ${row.config === "off" ? "" : speedup.rest}`, speedup.title],
+    [speedup.ratio, row.config === "off" ? "plain decoding, the baseline" : `vs plain decoding ${speedup.rest}`, speedup.title],
     [row.length.toFixed(2), "tokens per row and round", "mean, bonus included"],
     [`${quantity(row.ms)} ms`, "time of a round", "mean, measured"],
     [verify ? percent(row.kv_ms / verify) : "–", "KV floor of verify", "KV bytes / measured read bandwidth (modelled), over measured verify time"],

@@ -100,6 +100,7 @@ function prepare(canvas, height) {
   if (canvas.width !== w || canvas.height !== h) {
     canvas.width = w;
     canvas.height = h;
+    canvas.style.width = `${width}px`; // its own width until it is drawn anew: a stretched picture lies
     canvas.style.height = `${height}px`;
   }
   const ctx = canvas.getContext("2d", { willReadFrequently: true });

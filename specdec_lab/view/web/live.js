@@ -133,8 +133,8 @@ class LiveView {
   watchPage(signal) {
     this.resizes = new ResizeObserver(() => this.touch());
     this.resizes.observe(this.root);
-    this.visibility = new IntersectionObserver(([entry]) => {
-      this.isVisible = entry.isIntersecting;
+    this.visibility = new IntersectionObserver((changes) => {
+      this.isVisible = changes[changes.length - 1].isIntersecting; // several may come at once: the last one holds
       this.touch(false);
     });
     this.visibility.observe(this.root);
@@ -151,7 +151,7 @@ class LiveView {
     this.model.off("msg:custom", this.onMessage);
     this.model.off("change:snapshot", this.onSnapshot);
     cancelAnimationFrame(this.frame);
-    clearTimeout(this.calmTimer);
+    clearTimeout(this.retryTimer);
     clearTimeout(this.hintTimer);
     this.root.remove();
   }
@@ -187,17 +187,19 @@ class LiveView {
     this.isDirty ||= isChanged;
     if (!this.isDirty || !this.isVisible || this.frame || this.leaving.signal.aborted) return;
     const wait = this.isCalm ? this.drawnAt + 500 - performance.now() : 0;
-    if (wait > 0) {
-      clearTimeout(this.calmTimer);
-      this.calmTimer = setTimeout(() => this.touch(), wait);
-      return;
-    }
+    if (wait > 0) return this.retry(wait);
     this.frame = requestAnimationFrame(() => {
       this.frame = 0;
+      if (!this.root.clientWidth) return this.retry(); // hidden for a moment, too short for an observer to tell
       this.isDirty = false;
       this.drawnAt = performance.now();
       this.draw();
     });
+  }
+
+  retry(wait = 200) {
+    clearTimeout(this.retryTimer);
+    this.retryTimer = setTimeout(() => this.touch(), wait);
   }
 
   draw() {
@@ -286,6 +288,7 @@ class LiveView {
     this.tableContent = content;
     const active = document.activeElement?.dataset?.key;
     this.tableBody.replaceChildren(...rows.map((row, i) => this.tableRow(row, rows[i - 1], rows, focused)));
+    if (!rows.length) make("td", "sd-none", make("tr", "", this.tableBody), "nothing measured yet").colSpan = TABLE_HEAD.length;
     if (active) this.tableBody.querySelector(`[data-key="${CSS.escape(active)}"]`)?.focus();
   }
 

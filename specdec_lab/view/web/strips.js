@@ -57,9 +57,9 @@ function axisTitle(ctx, words, x, y, theme, isRight = false) {
 }
 
 function emptyStrip({ ctx, width, height }, theme, words) {
-  ctx.fillStyle = theme.band;
-  ctx.fillRect(LEFT, BAND, width - LEFT - RIGHT, height - BAND);
-  label(ctx, words, width / 2, (height + BAND) / 2, { align: "center", colour: theme.soft, font: 13, family: theme.font });
+  const [top, bottom] = [BAND + 6, height - 8];
+  for (const y of [top, (top + bottom) / 2, bottom]) line(ctx, theme.grid, 1, [], [[LEFT, Math.round(y) + 0.5], [width - RIGHT, Math.round(y) + 0.5]]);
+  label(ctx, words, (LEFT + width - RIGHT) / 2, top + 0.25 * (bottom - top), { align: "center", colour: theme.soft, font: 13, family: theme.font });
 }
 
 function drawTimeStrip(surface, store, view, theme) {
@@ -67,9 +67,7 @@ function drawTimeStrip(surface, store, view, theme) {
   const range = store.visible(view.span);
   if (!range) return emptyStrip(surface, theme, view.waiting);
   const axes = axesOf(range, width, BAND + 6, TIME_HEIGHT - 8);
-  const totals = [];
-  for (let i = range.first; i <= range.last; i++) totals.push(store.total(i));
-  const top = percentile(totals, 0.99) * 1.1 || 1;
+  const top = heightOf(store, range);
   const isMicro = top < 1;
   const y = (ms) => axes.bottom - (Math.min(ms, top) / top) * (axes.bottom - axes.top);
   const marks = ticks(0, top, 4);
@@ -80,6 +78,18 @@ function drawTimeStrip(surface, store, view, theme) {
   drawMarks(ctx, store, range, axes, y, top, theme);
   drawBlocks(ctx, store, range, axes, theme);
   return { axes, range };
+}
+
+// High enough for what is usual in every block in view; what sticks out of that is a spike, clipped and marked.
+function heightOf(store, range) {
+  const { segment } = store.rows;
+  const totals = new Map();
+  for (let i = range.first; i <= range.last; i++) {
+    if (!totals.has(segment[i])) totals.set(segment[i], []);
+    totals.get(segment[i]).push(store.total(i));
+  }
+  const usual = [...totals.values()].map((block) => Math.min(1.2 * percentile(block, 0.9), 2.5 * percentile(block, 0.5)));
+  return Math.max(...usual) || 1;
 }
 
 function drawStack(ctx, store, axes, y, [first, last], layers, theme) {
@@ -185,7 +195,9 @@ function drawShareLane(ctx, store, range, axes, theme) {
   const y = (value) => axes.bottom - Math.min(1, value) * (axes.bottom - axes.top);
   for (const value of [0, 0.5, 1]) horizontal(ctx, axes, y(value), percent(value), theme);
   for (const stretch of stretches(store, range)) drawShare(ctx, store, axes, y, stretch, theme);
-  line(ctx, theme.soft, 1, [5, 4], [[axes.left, y(0.5)], [axes.right, y(0.5)]]);
+  for (const [colour, width] of [[theme.isDark ? "#000000" : "#FFFFFF", 3], [theme.ink, 1]]) {
+    line(ctx, colour, width, [6, 4], [[axes.left, y(0.5)], [axes.right, y(0.5)]]); // on a halo, to be seen on the hatching
+  }
   axisTitle(ctx, "KV share", 9, (axes.top + axes.bottom) / 2, theme);
 }
 
