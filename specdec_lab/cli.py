@@ -64,9 +64,12 @@ def _work(job: StreamJob | TuneJob, screen: Screen) -> Outcome:
     with _disk_errors():
         if not isinstance(job, StreamJob):
             return job.conclude(job.run(_progress(screen)))
-        runs, is_interrupted = drain(job, screen)
-        outcome = job.conclude(runs)
-        return replace(outcome, code=INTERRUPTED) if is_interrupted else outcome
+        drained = drain(job, screen)
+        outcome = job.conclude(drained.runs)
+        if drained.error is not None:
+            screen.say(f"{SHELL}: error: {drained.error}")
+            return replace(outcome, code=MISTAKE)
+        return replace(outcome, code=INTERRUPTED) if drained.is_interrupted else outcome
 
 
 @contextmanager

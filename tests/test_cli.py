@@ -15,6 +15,8 @@ import builders
 import letters
 import made_policies
 import specdec_lab as sd
+import tiny
+from specdec_lab import trace
 from specdec_lab.bench import demo_run, profile, sessions, tuning
 from specdec_lab.cli import main
 from specdec_lab.commands import screen
@@ -29,6 +31,7 @@ from specdec_lab.policy import Policy
 from specdec_lab.stream import Stream, record
 from specdec_lab.trace import read_run, write_run
 from specdec_lab.tune import Progress, Protocol
+from specdec_lab.tune.folder import RunFolder
 from specdec_lab.workload import KINDS
 
 VERBS = ("load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "bench", "demo")
@@ -206,6 +209,18 @@ def test_a_foreign_file_is_no_trace_and_a_newer_schema_is_named():
     assert "foreign.jsonl is no trace: a run header must come first" in refused("replay", "foreign.jsonl")
 
 
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny.model().save_pretrained("model")
+    weights = load_file("model/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file({**weights, "model.extra.weight": weights["model.embed_tokens.weight"].clone()}, "model/model.safetensors")
+    said = refused("load", "./model")
+    assert "model.norm.weight" in said
+    assert "model.extra.weight" in said
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, random_text):
     def broken(self, workload):
         return [][1]
@@ -319,6 +334,24 @@ def test_a_red_gate_shows_no_speed_and_its_own_exit_code(random_text, monkeypatc
     assert not any(line.startswith("1x20  ngram/chain2") for line in out.splitlines())
 
 
+def test_a_full_disk_ends_a_profile_with_what_was_measured(random_text, monkeypatch):
+    honest, steps = trace.TraceWriter.__call__, []
+
+    def full(self, step):
+        steps.append(step)
+        if len(steps) == 4:
+            raise trace.TraceError(self.path, "No space left on device", self.num_steps)
+        honest(self, step)
+
+    monkeypatch.setattr(trace.TraceWriter, "__call__", full)
+    words = ("profile", "--cells", "1x20", "--configs", "off", "--blocks", 9, "--block-seconds", "0.000001", "--trace", "traces")
+    code, out, err = call(*words)
+    assert code == 2
+    assert err.startswith("specdec-lab: error: cannot write the trace traces/1x20_off_block3.jsonl.gz: No space left on device")
+    assert err.count("\n") == 1
+    assert "baseline" in out
+
+
 def test_an_interrupt_keeps_what_was_measured(random_text, monkeypatch):
     honest, seen = sessions.Sessions.open, []
 
@@ -355,6 +388,17 @@ def test_tune_writes_policy_and_records_and_resumes(quick_tuning):
     lines = {path.name: len(path.read_text().splitlines()) for path in Path("db").rglob("*.jsonl")}
     assert call(*words)[0] == code
     assert {path.name: len(path.read_text().splitlines()) for path in Path("db").rglob("*.jsonl")} == lines
+
+
+def test_a_run_folder_of_another_plan_or_in_use_is_named(quick_tuning):
+    words = ("tune", "--batches", 1, "--lengths", 20, "--budget", "60s", "--db", "db", "--run", "runs/t")
+    assert call(*words)[0] in (0, 4)
+    assert "runs/t holds another plan (cells, configs differ)" in refused(*words, "--lengths", 40)
+    before = Path("policy.json").read_text()
+    held = tuning.prepare(sd.Engine(letters.pair()), [1], [20], 60.0, database="db", run_dir="runs/t")
+    with RunFolder(held.run_dir, held.plan, held.engine.identity(), "prose", 0.0, 0):
+        assert "another tuner is running in this run folder" in refused(*words)
+    assert Path("policy.json").read_text() == before
 
 
 def test_tune_without_time_gives_a_partial_policy(quick_tuning):

@@ -290,6 +290,8 @@ def test_the_doctor_says_what_works_and_why_the_rest_does_not(engine):
     assert diagnosis.to_dict()["facts"]["ceilings"]["read_bytes_per_s"] > 0
     assert f"attention by {engine.backend.name}" in diagnosis.headline
     assert all(f.topic in str(diagnosis) for f in diagnosis.findings)
+    assert diagnosis._repr_html_().count("<tr>") == len(diagnosis.findings)
+    assert "<style" not in diagnosis._repr_html_()
 
 
 def test_the_doctor_needs_no_model_and_says_which_is_missing():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from html import escape
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,9 @@ class Diagnosis:
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 
+    def _repr_html_(self) -> str:
+        return f"<table>{''.join(map(_html_row, self.findings))}</table>"
+
     @property
     def headline(self) -> str:
         """One line: machine, speed, back end."""
@@ -59,6 +63,13 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {"findings": [asdict(finding) for finding in self.findings], "facts": self.facts}
+
+
+def _html_row(finding: Finding) -> str:
+    """With inline styles only, which an untrusted notebook keeps."""
+    words = f"{finding.what}. {finding.advice}" if finding.advice else finding.what
+    cells = (escape(finding.topic).replace("  ", "&#160;&#160;"), finding.state, escape(words))
+    return "<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in cells) + "</tr>"
 
 
 def examine(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..policy import Policy
 from ..records import Cell, fingerprint
 from ..tune import Database, Plan, Progress, Protocol, find_database, make_plan, tune
+from ..tune.folder import RunFolder
 from ..workload import Sampling, Workload
 from .sessions import Sessions
 
@@ -35,6 +36,12 @@ class Tuning:
     workload: str
     temperature: float
     seed: int
+
+    def check(self) -> None:
+        """Raise now what would end the run: a database or folder that cannot be written, another plan, another tuner."""
+        self.database.check_writable()
+        with RunFolder(self.run_dir, self.plan, self.engine.identity(), self.workload, self.temperature, self.seed):
+            pass
 
     def run(
         self, report: Callable[[Progress], None] = lambda progress: None, stop: Callable[[], bool] = lambda: False

@@ -10,11 +10,12 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from ..records import Run, StepRecord
 from ..stream import record
-from ..trace import TraceWriter
+from ..trace import TraceError, TraceWriter
 from .outcome import StreamJob
 
 REDRAW_S = 0.5
@@ -53,8 +54,17 @@ class Screen:
             self._num_lines = 0
 
 
-def drain(job: StreamJob, screen: Screen) -> tuple[list[Run], bool]:
-    """All runs of a job, in this thread, and whether an interrupt ended it; what was recorded is kept."""
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """All runs that ended; whether an interrupt ended the job, or a trace that could not be written."""
+
+    runs: tuple[Run, ...]
+    is_interrupted: bool = False
+    error: TraceError | None = None
+
+
+def drain(job: StreamJob, screen: Screen) -> Drained:
+    """Drain a job in this thread; whatever ends it, the runs that ended before are kept."""
     runs: list[Run] = []
     streams = iter(job.streams)
     try:
@@ -69,15 +79,17 @@ def drain(job: StreamJob, screen: Screen) -> tuple[list[Run], bool]:
                     if isinstance(sink, TraceWriter):
                         sink.close(interrupted=runs[-1].interrupted)
             if runs[-1].interrupted:
-                return runs, True
+                return Drained(tuple(runs), is_interrupted=True)
     except KeyboardInterrupt:  # between two streams, for example while prompts are read
-        return runs, True
+        return Drained(tuple(runs), is_interrupted=True)
+    except TraceError as error:
+        return Drained(tuple(runs), error=error)
     finally:
         screen.wipe()
         close = getattr(streams, "close", None)
         if close is not None:
             close()
-    return runs, False
+    return Drained(tuple(runs))
 
 
 class _Status:

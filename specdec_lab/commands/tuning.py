@@ -33,7 +33,8 @@ class TuneJob:
     def run(self, report: Callable[[Progress], None], stop: Callable[[], bool] = lambda: False) -> Policy:
         """Measure, and write the policy where it was asked for."""
         policy = self.tuning.run(report, stop)
-        policy.save(self.out)
+        with asked():
+            policy.save(self.out)
         return policy
 
     def conclude(self, policy: Policy) -> Outcome:
@@ -61,7 +62,7 @@ def tune(lab: Lab, args: Namespace) -> TuneJob | Outcome:
         if not plan.cells:
             raise UserMistake(f"none of these cells can run. {'; '.join(f'{c}: {why}' for c, why in plan.infeasible.items())}")
         out = writable_file(args.out, ".json")
-        tuning.database.check_writable()
+        tuning.check()
     return TuneJob(f"tuning {len(plan.cells)} cells of {args.workload}", tuning, out)
 
 
