@@ -124,6 +124,7 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
     return "  ".join(padded).rstrip()
 
 
+_NOTE = "min-width:130px;white-space:normal;font-size:12px"
 _CELL = "padding:4px;text-align:{align};white-space:nowrap;border-bottom:1px solid #8A8A8A"
 
 
@@ -131,17 +132,17 @@ def html_table(comparisons: Sequence[Comparison]) -> str:
     """The same table for a notebook, with a bar of the four families per row."""
     if not comparisons:
         return f"<p>{NOTHING_YET}</p>"
-    columns = _columns(comparisons)
-    heads = [_html_cell("th", escape(c.title), c.is_text) for c in columns]
-    rows = [_html_row(c, columns, _longest_s(c, comparisons)) for c in comparisons]
+    note = _columns(comparisons)[len(COLUMNS) :]  # the note stands last, after the bar, and may take several lines
+    heads = [_html_cell("th", escape(c.title), c.is_text) for c in COLUMNS]
+    heads += [_html_cell("th", words, True) for words in ("time of a round", *(c.title for c in note))]
+    rows = [_html_row(c, note, _longest_s(c, comparisons)) for c in comparisons]
     said = _labels_line(comparisons)
     return (
         '<div style="font-size:13px">'
         + (f"<p><b>{escape(said)}</b></p>" if said else "")
         + '<table style="border-collapse:collapse">'
-        f"<thead><tr>{''.join(heads)}{_html_cell('th', 'time of a round', True)}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-        f"<p>{_legend()}</p>{_verdicts(comparisons)}<p>{escape(LEGEND)} Bars: to scale within a cell.</p></div>"
+        + f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        + f"<p>{_legend()}</p>{_verdicts(comparisons)}<p>{escape(LEGEND)} Bars: to scale within a cell.</p></div>"
     )
 
 
@@ -154,9 +155,11 @@ def _html_cell(tag: str, content: str, is_text: bool) -> str:
     return f'<{tag} style="{_CELL.format(align="left" if is_text else "right")}">{content}</{tag}>'
 
 
-def _html_row(c: Comparison, columns: Sequence[Column], longest_s: float) -> str:
-    cells = [_html_cell("td", escape(column.text(c)), column.is_text) for column in columns]
-    return f"<tr>{''.join(cells)}{_html_cell('td', _bar(c, longest_s), True)}</tr>"
+def _html_row(c: Comparison, note: Sequence[Column], longest_s: float) -> str:
+    cells = [_html_cell("td", escape(column.text(c)), column.is_text) for column in COLUMNS]
+    notes = (f'<div style="{_NOTE}">{escape(column.text(c))}</div>' for column in note)
+    cells += [_html_cell("td", content, True) for content in (_bar(c, longest_s), *notes)]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _bar(c: Comparison, longest_s: float) -> str:

@@ -16,7 +16,7 @@ from .feed import Packet
 from .forms import ipykernel_version
 
 # One script for the browser, in pieces for the reader: no piece imports another, the last one exports.
-SCRIPTS = ("format.js", "store.js", "strips.js", "bars.js", "live.js")
+SCRIPTS = ("format.js", "store.js", "strips.js", "bars.js", "words.js", "live.js")
 COMMANDS = ("stop", "pause", "resume")
 
 

@@ -1,5 +1,5 @@
 // Words, numbers, colours and axes of the live view. No piece of this front end imports another: they are joined
-// into one script, in the order format, store, strips, bars, live.
+// into one script, in the order format, store, strips, bars, words, live.
 
 const FAMILIES = [
   { key: "kv", label: "KV floor (modelled)", colour: "#CC3311", modelled: true, meaning: "KV bytes read by verify / measured read bandwidth" },

@@ -3,10 +3,6 @@
 const choices = new WeakMap(); // model -> what the reader chose; survives a view that is drawn again
 const LAYERS = { families: FAMILIES, phases: PHASES };
 const SPANS = [["100", "last 100"], ["400", "last 400"], ["0", "whole run"]];
-const STATE_WORDS = {
-  new: "not started", running: "running", paused: "paused", stopping: "stopping", finished: "finished",
-  stopped: "stopped, all data kept", failed: "failed",
-};
 
 function make(tag, className, parent, words) {
   const element = document.createElement(tag);
@@ -238,11 +234,11 @@ class LiveView {
   }
 
   drawWords() {
-    const { meta, isStale } = this.store;
+    const { meta } = this.store;
     this.title.textContent = meta.title ?? "";
     if (this.state.textContent !== STATE_WORDS[meta.state]) this.state.textContent = STATE_WORDS[meta.state] ?? "";
     this.state.dataset.state = meta.state;
-    const chips = [...(meta.labels ?? []), ...(isStale ? ["message lost: waiting for the next keyframe"] : []), ...(meta.dropped ? [`${whole(meta.dropped)} rounds not drawn`] : [])];
+    const chips = this.chipWords();
     if (this.chips.dataset.words !== chips.join()) {
       this.chips.dataset.words = chips.join();
       this.chips.replaceChildren(...chips.map((words) => make("span", "sd-chip", null, words)));
@@ -259,6 +255,17 @@ class LiveView {
     this.hint.hidden = !this.hint.textContent;
     this.hint.classList.toggle("sd-error", Boolean(meta.error));
     if (this.about.open || !this.aboutText.textContent) this.aboutText.textContent = aboutWords(meta);
+  }
+
+  // What must be known before a number is read: labels of the run, a lost message, a busy machine.
+  chipWords() {
+    const { meta, isStale } = this.store;
+    const chips = [...(meta.labels ?? [])];
+    const busy = this.store.busyShare(this.choice.span);
+    if (busy > 0.1) chips.push(`machine busy in ${percent(busy)} of these rounds`);
+    if (isStale) chips.push("message lost: waiting for the next keyframe");
+    if (meta.dropped) chips.push(`${whole(meta.dropped)} rounds not drawn`);
+    return chips;
   }
 
   drawHover(drawn, time, share, view, theme) {
@@ -337,22 +344,6 @@ class LiveView {
   }
 }
 
-function alphaWords(row) {
-  return row.alpha == null ? "" : `; line: every position at ${row.alpha.toFixed(2)} (fitted)`;
-}
-
-function speedupWords(row, { ratio, rest }) {
-  return row.config === "off" ? rest : `${ratio} ${rest}`.trim();
-}
-
-function tile([value, name, meaning]) {
-  const box = make("div", "sd-tile");
-  box.title = meaning;
-  make("b", "", box, value);
-  make("span", "", box, name);
-  return box;
-}
-
 function fillBar(cell, row, longest) {
   const track = make("span", "sd-bar", cell);
   barParts(row).forEach((ms, i) => {
@@ -362,29 +353,6 @@ function fillBar(cell, row, longest) {
     piece.title = `${FAMILIES[i].label}: ${quantity(ms)} ms`;
   });
   make("span", "sd-bar-words", cell, `${quantity(row.ms)} ms`);
-}
-
-function placeWords(meta) {
-  const parts = [
-    ["cell", meta.cell], ["config", meta.config], ["block", meta.block ?? undefined], ["back end", meta.backend],
-    ["round", whole(meta.steps ?? 0)], ["context", `${whole(meta.context ?? 0)} tokens`], ["elapsed", duration(meta.elapsed ?? 0)],
-  ];
-  return parts.filter(([, value]) => value !== undefined).map(([name, value]) => {
-    const item = make("span", "sd-fact", null, `${name} `);
-    make("b", "", item, String(value));
-    return item;
-  });
-}
-
-function aboutWords(meta) {
-  const bandwidth = meta.read_bytes_per_s ? `${quantity(meta.read_bytes_per_s / 1e9)} GB/s (measured at start)` : "not calibrated";
-  const refused = Object.entries(meta.refused ?? {}).map(([name, why]) => `  passed over ${name}: ${why}`);
-  const log = (meta.log ?? []).map(([at, words]) => `  ${duration(at)}  ${words}`);
-  return [
-    `device        ${meta.device ?? ""}`, `target        ${meta.target ?? ""}`, `workload      ${meta.workload ?? ""}`,
-    `back end      ${meta.backend ?? ""}`, ...refused, `read ceiling  ${bandwidth}`,
-    `instrumented  ${meta.instrumented ? "yes" : "no"}`, `runs ended    ${meta.runs ?? 0}`, ...log,
-  ].join("\n");
 }
 
 export default {

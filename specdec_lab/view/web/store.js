@@ -99,6 +99,14 @@ class Store {
     return { first, last: this.size - 1, begin, end: Math.max(end, begin + 40) };
   }
 
+  // Share of the rows in view in which the machine was busy with something else.
+  busyShare(span) {
+    const range = this.visible(span);
+    if (!range) return 0;
+    const flags = this.rows.flags.subarray(range.first, range.last + 1);
+    return flags.reduce((n, flag) => n + (flag & FLAG_BUSY ? 1 : 0), 0) / flags.length;
+  }
+
   rowAt(round, range) {
     for (let i = range.first; i <= range.last; i++) {
       if (round >= this.rows.step[i] && round < this.rows.step[i] + this.rows.count[i]) return i;

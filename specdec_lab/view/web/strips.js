@@ -233,20 +233,25 @@ function drawTokenLane(ctx, store, range, axes, theme) {
   }
 }
 
-// Running means of tokens per row as [round, mean], a list per block.
+// Means of tokens per row over the last 15 rows of a block as [round, mean], a list per block.
 function meansOf(store, range) {
   const { step, count, segment, tokens_per_row: tokens } = store.rows;
   const lists = [];
-  let seen = 0;
-  let mean = 0;
+  let from = range.first;
+  let [sum, rounds] = [0, 0];
   for (let i = range.first; i <= range.last; i++) {
     if (i === range.first || segment[i] !== segment[i - 1]) {
       lists.push([]);
-      seen = 0;
+      from = i;
+      [sum, rounds] = [0, 0];
     }
-    seen += count[i];
-    mean += (tokens[i] - mean) * Math.min(1, count[i] / Math.min(seen, 15));
-    lists[lists.length - 1].push([step[i] + count[i] / 2, mean]);
+    sum += tokens[i] * count[i];
+    rounds += count[i];
+    if (i - from >= 15) {
+      sum -= tokens[from] * count[from];
+      rounds -= count[from++];
+    }
+    lists[lists.length - 1].push([step[i] + count[i] / 2, sum / rounds]);
   }
   return lists;
 }
