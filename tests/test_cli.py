@@ -334,7 +334,10 @@ def test_a_red_gate_shows_no_speed_and_its_own_exit_code(random_text, monkeypatc
     assert not any(line.startswith("1x20  ngram/chain2") for line in out.splitlines())
 
 
-def test_a_full_disk_ends_a_profile_with_what_was_measured(random_text, monkeypatch):
+TRACED = ("profile", "--cells", "1x20", "--configs", "off", "--blocks", 9, "--block-seconds", "0.000001", "--trace", "traces")
+
+
+def test_a_full_disk_costs_a_trace_and_not_the_profile(random_text, monkeypatch):
     honest, steps = trace.TraceWriter.__call__, []
 
     def full(self, step):
@@ -344,12 +347,28 @@ def test_a_full_disk_ends_a_profile_with_what_was_measured(random_text, monkeypa
         honest(self, step)
 
     monkeypatch.setattr(trace.TraceWriter, "__call__", full)
-    words = ("profile", "--cells", "1x20", "--configs", "off", "--blocks", 9, "--block-seconds", "0.000001", "--trace", "traces")
-    code, out, err = call(*words)
-    assert code == 2
-    assert err.startswith("specdec-lab: error: cannot write the trace traces/1x20_off_block3.jsonl.gz: No space left on device")
-    assert err.count("\n") == 1
+    code, out, err = call(*TRACED)
+    assert code == 0
     assert "baseline" in out
+    assert "cannot write the trace traces/1x20_off_block3.jsonl.gz: No space left on device" in err
+    assert err.count("\n") == 1
+
+
+def test_a_trace_that_cannot_be_begun_ends_a_profile_with_what_was_measured(random_text, monkeypatch):
+    honest, opened = trace.TraceWriter.__init__, []
+
+    def gone(self, path, header, **options):
+        opened.append(path)
+        if len(opened) == 4:
+            raise trace.TraceError(path, "Read-only file system", 0)
+        honest(self, path, header, **options)
+
+    monkeypatch.setattr(trace.TraceWriter, "__init__", gone)
+    code, out, err = call(*TRACED)
+    assert code == 2
+    assert "baseline" in out
+    assert err.startswith("specdec-lab: error: cannot write the trace traces/1x20_off_block3.jsonl.gz: Read-only file system")
+    assert err.count("\n") == 1
 
 
 def test_an_interrupt_keeps_what_was_measured(random_text, monkeypatch):
