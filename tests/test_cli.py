@@ -78,10 +78,15 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 
 
 def test_the_notebook_has_the_same_verbs_and_two_more():
-    assert [*options_of(build_parser(NOTEBOOK), [])] == sorted([*VERBS, "stop", "status", "-h", "--help"])
-    assert [*options_of(build_parser(SHELL), [])] == sorted([*VERBS, "-h", "--help"])
+    assert [*options_of(build_parser(NOTEBOOK), [])] == sorted([*VERBS, "stop", "status", "-h", "--help", "--version"])
+    assert [*options_of(build_parser(SHELL), [])] == sorted([*VERBS, "-h", "--help", "--version"])
     with pytest.raises(Finished):
         build_parser(NOTEBOOK).parse_args(["run", "-h"])
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"specdec_lab {sd.__version__}\n"
 
 
 def test_choices_of_the_parser_are_those_of_the_rooms():
@@ -189,6 +194,15 @@ def test_a_model_without_tokenizer_is_told_so():
     assert "without a tokenizer and cannot read text" in refused("run", "--prompt", "x", load=bare)
     said = refused("profile", "--cells", "1x64", "--configs", "off", load=bare)
     assert "the shipped prose text cannot be given to it" in said
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_with_both_numbers():
+    Path("long.txt").write_text("x" * 1500)
+    assert "prompt 0 has 1500 tokens; LlamaForCausalLM has 1024 positions" in refused("run", "--file", "long.txt")
+    Path("empty.txt").write_text("")
+    assert "empty.txt is empty: there is nothing to continue" in refused("run", "--file", "empty.txt")
+    Path("binary.txt").write_bytes(b"\xff\xfe")
+    assert "binary.txt is not UTF-8 text" in refused("run", "--file", "binary.txt")
 
 
 def test_places_that_cannot_be_written_are_found_before_anything_is_measured(tmp_path, random_text):
@@ -418,6 +432,24 @@ def test_a_run_folder_of_another_plan_or_in_use_is_named(quick_tuning):
     with RunFolder(held.run_dir, held.plan, held.engine.identity(), "prose", 0.0, 0):
         assert "another tuner is running in this run folder" in refused(*words)
     assert Path("policy.json").read_text() == before
+
+
+def test_an_interrupted_tuning_is_kept_and_goes_on(quick_tuning, monkeypatch):
+    honest, calls = sessions.Sessions.__call__, []
+
+    def interrupting(self, cell, config):
+        calls.append(cell)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return honest(self, cell, config)
+
+    monkeypatch.setattr(sessions.Sessions, "__call__", interrupting)
+    words = ("tune", "--batches", 1, "--lengths", "20,40", "--budget", "60s", "--db", "db", "--run", "runs/t")
+    code, out, _ = call(*words)
+    assert code == 130
+    assert "Run the same command again to go on" in out
+    assert "interrupted" in Policy.load("policy.json").header["labels"]
+    assert call(*words)[0] in (0, 4)
 
 
 def test_tune_without_time_gives_a_partial_policy(quick_tuning):

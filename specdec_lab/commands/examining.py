@@ -37,7 +37,7 @@ def bench(lab: Lab, args: Namespace) -> Outcome:
     from ..tune import find_database
     from ..tune.db import append_lines
 
-    lab.check_idle("profile")
+    lab.check_idle("bench")
     engine = lab.engine_for(args)
     folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
     screen = Screen(lab.err)
@@ -60,6 +60,7 @@ def demo(lab: Lab, args: Namespace) -> Outcome:
     """Profile, tune and explain; everything goes below `--out`."""
     from ..bench.demo_run import fresh_folder, run_demo
 
+    lab.check_idle("demo")
     folder = writable_folder(args.out)
     with asked():
         fresh_folder(folder)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..policy import Policy
 
 PLACEMENT = ("device", "dtype", "runner")
-MEASURING = ("run", "profile", "tune")  # two of these at a time would disturb each other's numbers
+MEASURING = ("run", "profile", "tune")  # in the background; what else is measured meanwhile would disturb and be disturbed
 
 
 class Background(Protocol):
@@ -89,10 +89,10 @@ class Lab:
             return Engine(pair, wanted.get("backend", "auto"))
 
     def check_idle(self, name: str) -> None:
-        """Refuse to measure while another verb measures; the same verb replaces its earlier run."""
+        """Refuse to measure while another verb measures in the background; the same verb replaces its earlier run."""
         for other in MEASURING:
             running = self.background.get(other)
-            if name in MEASURING and other != name and running is not None and running.is_alive:
+            if other != name and running is not None and running.is_alive:
                 raise UserMistake(
                     f"{other} is still running and would disturb this measurement ({running.headline()}). Wait for it, or "
                     f"%specdec stop {other}"

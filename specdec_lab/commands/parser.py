@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from .. import __version__
 from ..records import Cell, parse_count
 from .mistakes import UserMistake
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
@@ -13,6 +14,9 @@ from .spelling import positive, seconds, spelled, split_cells, split_configs, sp
 WORKLOADS = ("prose", "code", "revision", "conversation")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
+EXIT_CODES = """
+exit codes: 0 done, 1 measured but a check is red, 2 a mistake in what was asked, 3 the budget ended before all cells were
+tuned, 4 nothing beats plain decoding, 130 interrupted (what was measured is kept)"""
 
 
 class Finished(Exception):
@@ -36,8 +40,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(prog: str = SHELL) -> Parser:
     """The parser, with the two verbs that only a notebook has when `prog` is the magic's name."""
+    codes = "" if prog == NOTEBOOK else f"\n{EXIT_CODES}"
     parser = Parser(prog=prog, description="See where speculative decoding pays, by batch size and sequence length.",
-                    epilog=f"Every verb has its own help with examples: {prog} profile --help")
+                    epilog=f"Every verb has its own help with examples: {prog} profile --help{codes}")
+    parser.add_argument("--version", action="version", version=f"specdec_lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, _bench, _demo):
         add(_Verbs(verbs, prog))
@@ -245,7 +251,7 @@ def options_of(parser: argparse.ArgumentParser, words: Iterable[str]) -> list[st
     verbs = _choices(parser)
     known = [word for word in words if word in verbs]
     if not known:
-        return sorted([*verbs, "-h", "--help"])
+        return sorted([*verbs, *(option for action in parser._actions for option in action.option_strings)])
     verb, words = verbs[known[0]], list(words)
     last = words[-1] if words else ""
     for action in verb._actions:
