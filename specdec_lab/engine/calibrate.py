@@ -12,7 +12,7 @@ import torch
 from . import memory
 
 READ_BYTES = 256 << 20  # several times a last-level cache of 32 MiB
-REPEATS = 7
+READS, MULTIPLIES = 30, 9  # enough that a moment of other work does not lower the ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ def calibrate(device: str, threads: int, read_bytes: int = READ_BYTES) -> Ceilin
     place = torch.device(device)
     synchronize = torch.cuda.synchronize if place.type == "cuda" else lambda: None
     stream = memory.zeros((read_bytes // 4,), torch.float32, place)
-    read_s = _best_seconds(stream.sum, REPEATS, synchronize)
+    read_s = _best_seconds(stream.sum, READS, synchronize)
     del stream
     side = 1024 if place.type == "cpu" else 8192
     left = torch.randn(side, side, device=place)
-    multiply_s = _best_seconds(lambda: left @ left, REPEATS, synchronize)
+    multiply_s = _best_seconds(lambda: left @ left, MULTIPLIES, synchronize)
     return Ceilings(read_bytes / read_s, 2 * side**3 / multiply_s)
