@@ -16,7 +16,7 @@ import letters
 import made_policies
 import specdec_lab as sd
 from specdec_lab import magics
-from specdec_lab.bench import sessions, tuning
+from specdec_lab.bench import judges, sessions, tuning
 from specdec_lab.bench.doctor import Diagnosis
 from specdec_lab.commands import background
 from specdec_lab.commands.replaying import paced
@@ -37,6 +37,7 @@ def shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(sessions, "_held_out", lambda pair, kind, max_new_tokens, sampling: letters.random_text())
+    monkeypatch.setattr(judges, "DISTURBED", float("inf"))  # blocks of one round cannot tell
     made = InteractiveShell.instance()
     made.reset()
     made.extension_manager.load_extension("specdec_lab")
@@ -111,6 +112,15 @@ def test_a_profile_runs_behind_the_cell_and_gives_all_its_runs(shell, capsys):
     assert {r.header.block for r in runs} == {0, 1}
     assert "plain decoding (off) was added" in capsys.readouterr().out
     assert "ngram/chain2" in live._repr_mimebundle_()["text/plain"]
+
+
+def test_a_live_profile_shows_no_speed_of_wrong_tokens(shell, monkeypatch):
+    bent = judges.Mismatch(sd.Cell(1, 20), "ngram/chain2", 0, 3, 5, 6)
+    monkeypatch.setattr(judges.TokenGate, "find", lambda self, config: bent if str(config) == "ngram/chain2" else None)
+    live = run(shell, f"%{PROFILE}")
+    assert {r.header.config for r in live.wait()} == {"off", "ngram/chain2"}
+    assert {c.config for c in live.comparison()} == {"off"}
+    assert "other tokens than plain decoding" in live.runs[-1].header.labels + live.runs[-2].header.labels
 
 
 def test_values_of_the_notebook_are_put_into_the_line(shell):

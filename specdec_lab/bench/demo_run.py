@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..policy import Policy
 from ..records import Cell, Run
 from ..stream import record
-from ..summary import Comparison, compare
+from ..summary import Comparison
 from ..trace import write_perfetto, write_run
 from .doctor import examine
-from .profile import Mismatch, Profile, profile
+from .judges import Mismatch
+from .profile import Profile, profile
 from .tuning import prepare
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class DemoResult:
     comparisons: tuple[Comparison, ...]
     mismatches: tuple[Mismatch, ...]
     notices: tuple[str, ...]
+    busy: frozenset[tuple[Cell, str]]  # cell and workload of which no number should be quoted
     policy: Policy
     paths: dict[str, Path]
     seconds: float
@@ -78,19 +80,21 @@ class DemoResult:
         """Where speculation won and where it did not, by the best configuration of each place."""
         best: dict[tuple[Cell, str], Comparison] = {}
         for c in self.comparisons:
-            if c.speedup is not None:
-                place = (c.cell, c.workload)
+            place = (c.cell, c.workload)
+            if c.speedup is not None and place not in self.busy:
                 best[place] = max(best.get(place, c), c, key=_mean)
         won = [c for c in best.values() if c.speedup and c.speedup.low > 1]
         others = [c for c in best.values() if c not in won]
         lines = [f"  won in {c.cell} {c.workload}: {c.config} {_interval(c)} plain decoding" for c in won]
         lines += [f"  not in {c.cell} {c.workload}: the best was {c.config}, {c.verdict}" for c in others]
-        return "\n".join([f"Speculation paid in {len(won)} of {len(best)} places.", *lines])
+        lines += [f"  unknown in {cell} {workload}: other work kept this machine busy" for cell, workload in sorted(self.busy)]
+        return "\n".join([f"Speculation paid in {len(won)} of {len(best) + len(self.busy)} places.", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
             "machine": list(self.machine), "outcome": self.outcome(), "seconds": self.seconds,
+            "busy": [f"{cell} {workload}" for cell, workload in sorted(self.busy)],
             "cells": [
                 {"cell": str(c.cell), "workload": c.workload, "config": c.config, "tokens_per_s": c.summary.tokens_per_s,
                  "speedup": c.speedup.to_dict() if c.speedup else None, "verdict": c.verdict}
@@ -117,7 +121,8 @@ def run_demo(
     mismatches = tuple(found for blocks in profiles for found in blocks.mismatches.values())
     told = [(name, line) for name, blocks in zip(WORKLOADS, profiles, strict=True) for line in blocks.notices]
     notices = tuple(f"{name} {line}" for name, line in told if "prompts read" not in line)
-    return DemoResult(machine, trusted, mismatches, notices, policy, paths, time.monotonic() - began)
+    busy = frozenset((cell, name) for name, blocks in zip(WORKLOADS, profiles, strict=True) for cell in blocks.busy)
+    return DemoResult(machine, trusted, mismatches, notices, busy, policy, paths, time.monotonic() - began)
 
 
 def _machine_words(engine: Engine) -> tuple[str, ...]:
@@ -139,7 +144,7 @@ def _profile(engine: Engine, say: Callable[[str], None]) -> tuple[list[Run], tup
         blocks = profile(engine, (SMALL, LARGE), configs, workload=name, blocks=BLOCKS, block_s=BLOCK_S)
         fresh = [record(stream) for stream in blocks]
         runs += fresh
-        trusted += blocks.trusted(compare(fresh))
+        trusted += blocks.comparisons(fresh)
         profiles.append(blocks)
     return runs, tuple(trusted), profiles
 

@@ -1,75 +1,32 @@
 """Configurations side by side: short blocks, plain decoding always among them, in shuffled and then reversed order.
 
 All blocks of a cell start at the end of the same prompts. At temperature 0 every configuration must emit the tokens of
-plain decoding; one that does not is named with the place, and its speed means nothing. Not known here: who watches.
+plain decoding; one that does not is named with the place, and its speed means nothing. A block that the machine disturbed
+is measured again, and left out. Not known here: who watches.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..engine.cache import CacheTooLarge
-from ..records import Cell, SpecConfig, StepRecord
+from ..records import Cell, Run, SpecConfig, StepRecord
 from ..stream import Stream
-from ..summary import Comparison
+from ..summary import Comparison, compare
 from ..workload import Sampling, Workload
+from .judges import GRAM, OFF, BlockTimes, Mismatch, TokenGate, repeated_share
 from .sessions import Sessions
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine, OpenSession
 
-OFF = SpecConfig.off()
 WARM_UP_SHARE, WARM_UP_ROUNDS = 0.25, 3  # of a block, and at least this many rounds
-GRAM, LOOPING = 8, 0.2  # tokens of a run, and the share of repeated ones from which on a reader is told
+LOOPING = 0.2  # share of repeated text from which on a reader is told
+MIN_BLOCKS = 2  # undisturbed ones; with fewer, all are shown and the reader is told
 BASELINE_ADDED = "plain decoding (off) was added: every speed-up is measured against it in the same blocks"
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """The first place where a configuration left the tokens of plain decoding. `place` counts new tokens from 0."""
-
-    cell: Cell
-    config: str
-    row: int
-    place: int
-    got: int
-    expected: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.cell} {self.config}: row {self.row} emits token {self.got} at new token {self.place}, plain decoding "
-            f"{self.expected}; its speed means nothing"
-        )
-
-
-class TokenGate:
-    """Compares the tokens of every configuration of a cell with those of plain decoding, as far as both went."""
-
-    def __init__(self, cell: Cell) -> None:
-        self._cell = cell
-        self._longest: dict[str, list[list[int]]] = {}
-
-    def take(self, config: SpecConfig, rows: list[list[int]]) -> None:
-        """Remember a run; the longer one of equal configurations is kept, row by row."""
-        known = self._longest.setdefault(str(config), [[] for _ in rows])
-        self._longest[str(config)] = [max(pair, key=len) for pair in zip(known, rows, strict=True)]
-
-    @property
-    def plain(self) -> list[list[int]]:
-        """The longest rows of plain decoding."""
-        return self._longest.get(str(OFF), [])
-
-    def find(self, config: SpecConfig) -> Mismatch | None:
-        """Where this configuration and plain decoding differ; None if nowhere in what both emitted."""
-        ours = self._longest.get(str(config), [])
-        for row, (mine, right) in enumerate(zip(ours, self.plain, strict=False)):
-            for place, (got, expected) in enumerate(zip(mine, right, strict=False)):
-                if got != expected:
-                    return Mismatch(self._cell, str(config), row, place, got, expected)
-        return None
 
 
 class Profile:
@@ -78,6 +35,8 @@ class Profile:
     notices     what a reader must know besides the numbers: what was added, what the prompts cost to read
     skipped     cells that could not run, with the reason
     mismatches  configurations that emitted other tokens than plain decoding; their runs carry it as a label
+    disturbed   blocks per cell that took far longer than others of the same work, and are left out
+    busy        cells in which so many blocks were disturbed that none was left out and no number should be quoted
     """
 
     def __init__(
@@ -93,6 +52,8 @@ class Profile:
         if len(self.skipped) == len(cells):
             raise ValueError(f"none of these cells can run. {'; '.join(self.notices)}")
         self.mismatches: dict[tuple[Cell, str], Mismatch] = {}
+        self.disturbed: dict[Cell, frozenset[int]] = {}
+        self.busy: set[Cell] = set()
         self._sessions, self._seed, self._is_gated = sessions, seed, is_gated
 
     def __iter__(self) -> Iterator[Stream]:
@@ -111,23 +72,33 @@ class Profile:
             self.skipped[cell] = reason
             self.notices.append(f"{cell} skipped: {reason}")
 
-    @property
-    def num_streams(self) -> int:
-        """Streams in all, of the cells that are not skipped."""
-        return (len(self.cells) - len(self.skipped)) * len(self.configs) * self.blocks
-
-    def trusted(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-        """Those whose tokens were those of plain decoding: only these may show a speed."""
-        return tuple(c for c in comparisons if (c.cell, c.config) not in self.mismatches)
+    def comparisons(self, runs: Sequence[Run]) -> tuple[Comparison, ...]:
+        """What may be quoted of these runs: undisturbed blocks, and the tokens of plain decoding."""
+        found = compare([run for run in runs if run.header.block not in self.disturbed.get(run.header.cell, ())])
+        return tuple(c for c in found if (c.cell, c.config) not in self.mismatches)
 
     def _cell(self, cell: Cell, session: OpenSession) -> Iterator[Stream]:
-        gate = TokenGate(cell)
+        gate, times = TokenGate(cell), BlockTimes()
         prefill_s = [self._warm_up(session, config, gate) for config in self.configs]
         self.notices.append(f"{cell}: prompts read in {sum(prefill_s):.2f} s")
-        for block in range(self.blocks):
+        block = 0
+        while block < self.blocks or (block < 2 * self.blocks and block - len(times.disturbed()) < self.blocks):
             for config in self._order(block):
-                yield self._block(cell, session, config, block, gate)
-        self._judge(cell, gate)
+                yield self._block(cell, session, config, block, gate, times)
+            block += 1
+        self._sum_up(cell, gate, times, block)
+
+    def _sum_up(self, cell: Cell, gate: TokenGate, times: BlockTimes, num_blocks: int) -> None:
+        """Say what a reader of the numbers of this cell must know."""
+        disturbed, worst = times.disturbed(), max(times.slowdowns().values(), default=1.0)
+        if num_blocks - len(disturbed) >= MIN_BLOCKS:
+            self.disturbed[cell] = disturbed
+            words = f"{len(disturbed)} of {num_blocks} blocks were disturbed and are left out"
+            self.notices += [f"{cell}: {words}; the same rounds took up to {worst:.1f} times as long"] if disturbed else []
+        elif disturbed:
+            self.busy.add(cell)
+            words = f"the same rounds took up to {worst:.1f} times as long"
+            self.notices.append(f"{cell}: the machine was busy throughout, {words}: quote no number of this cell")
         share = repeated_share(gate.plain)
         if share >= LOOPING:
             self.notices.append(
@@ -150,15 +121,19 @@ class Profile:
         gate.take(config, rows.tokens)
         return prefill_s
 
-    def _block(self, cell: Cell, session: OpenSession, config: SpecConfig, block: int, gate: TokenGate) -> Stream:
+    def _block(
+        self, cell: Cell, session: OpenSession, config: SpecConfig, block: int, gate: TokenGate, times: BlockTimes
+    ) -> Stream:
         source = limited(session.steps(config, block=block), self.block_s)
 
         def watched() -> Iterator[StepRecord]:
-            rows = _Rows()
+            rows, walls = _Rows(), []
             with source:
                 for step in source:
                     rows.add(step)
+                    walls.append(step.wall_s)
                     yield step
+            times.add(config, block, walls)
             gate.take(config, rows.tokens)
             self._judge(cell, gate)
             if (cell, str(config)) in self.mismatches:
@@ -184,6 +159,7 @@ def profile(
     """Every configuration in every cell against plain decoding, as streams to drain: LiveRun(profile(...)), record(...).
 
     workload  a kind of shipped held-out text, or a function from cell to Workload
+    blocks    undisturbed ones that are wanted; at most twice as many are measured
     block_s   engine seconds of one stream; it also ends when rows finish
     raises    UnsupportedConfig for a configuration that this engine cannot run, ValueError when no cell can run; both
               before anything is measured
@@ -224,13 +200,6 @@ def limited(stream: Stream, seconds: float, min_rounds: int = 1) -> Stream:
                         return
 
     return Stream(stream.header, steps())
-
-
-def repeated_share(rows: Sequence[Sequence[int]], gram: int = GRAM) -> float:
-    """How many of the runs of `gram` tokens occurred before in their row, as a share: greedy text of small models loops."""
-    grams = [[tuple(row[i : i + gram]) for i in range(len(row) - gram + 1)] for row in rows]
-    total = sum(map(len, grams))
-    return 1 - sum(len(set(found)) for found in grams) / total if total else 0.0
 
 
 class _Rows:

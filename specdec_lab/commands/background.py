@@ -5,12 +5,11 @@ from __future__ import annotations
 import html
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from ..records import Run
 from ..view.forms import display_form, is_notebook
 from ..view.live import LiveRun
 from .lab import Lab
@@ -21,23 +20,28 @@ from .tuning import TuneJob, progress_line
 
 if TYPE_CHECKING:
     from ..policy import Policy
+    from ..summary import Comparison
     from ..tune import Progress
 
 REFRESH_S, JOIN_S = 1.0, 2.0
 
 
-class Generation(LiveRun):
-    """A LiveRun that can be read: `texts()` is what was generated so far by the runs that ended."""
+class JobRun(LiveRun):
+    """A LiveRun that quotes only what its job lets stand, and that can be read where it generated text."""
 
-    def __init__(self, job: StreamJob, read: Callable[[Sequence[Run]], list[str]]) -> None:
+    def __init__(self, job: StreamJob) -> None:
         super().__init__(
             job.streams, title=job.title, name=job.name, sinks_for=job.sinks_for, on_done=lambda live: _conclude(job, live)
         )
-        self._read = read
+        self._job = job
+
+    def comparison(self) -> tuple[Comparison, ...]:
+        """Every configuration against plain decoding of the same cell, as far as it may be quoted."""
+        return super().comparison() if self._job.compare is None else self._job.compare(self.runs)
 
     def texts(self) -> list[str]:
-        """One text per prompt."""
-        return self._read(self.runs)
+        """What the runs that ended generated, one text per prompt; nothing where the prompts were not the user's."""
+        return [] if self._job.texts is None else self._job.texts(self.runs)
 
     def __str__(self) -> str:
         return "\n\n".join([*(self.texts() if self.finished.is_set() else ()), super().__str__()])
@@ -61,17 +65,13 @@ def start(lab: Lab, job: StreamJob | TuneJob) -> LiveRun | LiveTune:
     earlier = lab.background.pop(job.name, None)
     if earlier is not None:
         earlier.close()
-    live: LiveRun | LiveTune
     if isinstance(job, TuneJob):
-        live = LiveTune(job, keep=lambda policy: setattr(lab, "policy", policy))
-    elif job.texts is not None:
-        live = Generation(job, job.texts)
-    else:
-        live = LiveRun(
-            job.streams, title=job.title, name=job.name, sinks_for=job.sinks_for, on_done=lambda run: _conclude(job, run)
-        )
-    lab.background[job.name] = live
-    return live.start()
+        tuning = LiveTune(job, keep=lambda policy: setattr(lab, "policy", policy))
+        lab.background[job.name] = tuning
+        return tuning.start()
+    run = JobRun(job)
+    lab.background[job.name] = run
+    return run.start()
 
 
 def stop(lab: Lab, args: Namespace) -> Outcome:

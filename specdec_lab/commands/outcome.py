@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..records import Run, RunHeader
 from ..stream import Sink, Stream
+
+if TYPE_CHECKING:
+    from ..summary import Comparison
 
 OK, MISTAKE, PARTIAL, NOTHING_WON, INTERRUPTED = 0, 2, 3, 4, 130
 RED = 1  # measured, and a check failed: outputs differ, a policy does not belong here
@@ -35,19 +38,13 @@ class Outcome:
     code: int = OK
 
 
-class Job(Protocol):
-    """Something that takes time."""
-
-    name: str
-    title: str
-
-
 @dataclass(frozen=True, slots=True)
 class StreamJob:
     """Streams to drain one after the other.
 
     sinks_for  further readers of each stream; context managers among them are entered and left
     conclude   called once with all finished runs, in a notebook from the draining thread: writes files, says the result
+    compare    what may be quoted of the runs; None: all of them
     notices    what is known before the start; a notebook says it then, a shell with the result
     texts      in words what the finished runs generated; None where nobody asked for text
     """
@@ -57,5 +54,6 @@ class StreamJob:
     streams: Iterable[Stream]
     conclude: Callable[[Sequence[Run]], Outcome]
     sinks_for: Callable[[RunHeader], Sequence[Sink]] = lambda header: ()
+    compare: Callable[[Sequence[Run]], tuple[Comparison, ...]] | None = None
     notices: Sequence[str] = ()
     texts: Callable[[Sequence[Run]], list[str]] | None = None

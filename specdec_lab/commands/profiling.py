@@ -35,8 +35,10 @@ def profile(lab: Lab, args: Namespace) -> StreamJob:
             sampling=sampling_of(args),
         )
     title = f"profile of {args.workload}, {', '.join(str(c) for c in args.cells if c not in blocks.skipped)}"
-    notices = tuple(blocks.notices)
-    return StreamJob("profile", title, blocks, lambda runs: _conclude(runs, blocks, report), _tracing(folder), notices=notices)
+    return StreamJob(
+        "profile", title, blocks, lambda runs: _conclude(runs, blocks, report), _tracing(folder), compare=blocks.comparisons,
+        notices=tuple(blocks.notices),
+    )
 
 
 def _tracing(folder: Path | None) -> Callable[[RunHeader], Sequence[Sink]]:
@@ -52,10 +54,9 @@ def _tracing(folder: Path | None) -> Callable[[RunHeader], Sequence[Sink]]:
 
 
 def _conclude(runs: Sequence[Run], blocks: Profile, report: Path | None) -> Outcome:
-    from ..summary import compare
     from ..view.report import write_report
 
-    trusted = blocks.trusted(compare(runs))
+    trusted = blocks.comparisons(runs)
     if report is not None:
         write_report(report, runs, comparisons=trusted)
     code = RED if blocks.mismatches else MISTAKE if blocks.skipped else OK
@@ -78,6 +79,7 @@ def data(runs: Sequence[Run], trusted: Sequence[Comparison], blocks: Profile) ->
         "comparisons": [comparison_data(c) for c in trusted],
         "skipped": {str(cell): reason for cell, reason in blocks.skipped.items()},
         "mismatches": [{**asdict(found), "cell": str(found.cell)} for found in blocks.mismatches.values()],
+        "disturbed_blocks": {str(cell): sorted(found) for cell, found in blocks.disturbed.items()},
         "notices": blocks.notices,
     }
 
