@@ -312,8 +312,8 @@ def test_the_whole_script_parses() -> None:
 
 
 def test_importing_the_view_loads_neither_widgets_nor_plotly_nor_torch() -> None:
-    heavy = ("torch", "plotly", "ipywidgets", "anywidget", "optuna")
-    code = f"import sys, specdec_lab.view; print([m for m in {heavy} if m in sys.modules])"
+    heavy = ("torch", "plotly", "ipywidgets", "anywidget", "optuna", "IPython")
+    code = f"import sys, specdec_lab.view; specdec_lab.view.display_form(); print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -45,12 +46,9 @@ def is_notebook() -> bool:
 
 
 def running_shell() -> Any:
-    """The interactive shell, None outside of one; never starts one."""
-    if find_spec("IPython") is None:
-        return None
-    from IPython.core.getipython import get_ipython
-
-    return get_ipython()
+    """The interactive shell, None outside of one. Where IPython was never imported there is none, so it is not imported."""
+    ipython = sys.modules.get("IPython")
+    return None if ipython is None else ipython.get_ipython()
 
 
 def _why_not_live() -> str:

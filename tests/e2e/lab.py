@@ -41,7 +41,9 @@ def environment(home: Path) -> dict[str, str]:
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", Path(__file__).parent)))
+    other_kernel = os.environ.get("SPECDEC_KERNEL_PATH")  # a folder made by: pip install --target FOLDER ipykernel==X
+    folders_of_code = (*filter(None, [other_kernel]), ROOT, ROOT / "kernels", Path(__file__).parent)
+    paths = os.pathsep.join(map(str, folders_of_code))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SPECDEC_")}
     return {**inherited, **places, "PYTHONPATH": paths}
 
@@ -70,9 +72,17 @@ def serve(home: Path, notebooks: Path, *extra: str) -> Iterator[str]:
         _await_server(f"http://127.0.0.1:{port}/api?token={TOKEN}", server)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        _end(server)
         log.close()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def _await_server(address: str, server: subprocess.Popen[bytes], patience_s: float = 60.0) -> None:

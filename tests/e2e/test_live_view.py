@@ -93,9 +93,13 @@ def test_the_stop_button_works_while_another_cell_keeps_the_kernel_busy(notebook
     book.run_cell(0)
     book.run_cell(1)
     book.await_view("Number(d.steps) > 20")
+    major = int(book.ask("__import__('ipykernel').version_info[0]"))
     book.start_cell(2)
     book.press("Stop")
-    book.await_view("d.state === 'stopped'", timeout_ms=5_000)
+    if major < 7:  # such a kernel hears buttons only between cells, and the view says what works
+        book.page.get_by_text("a busy cell can hold buttons up").wait_for()
+        return
+    book.await_view("d.state === 'stopped'", timeout_ms=10_000)
     book.page.wait_for_function("() => document.querySelectorAll('.jp-CodeCell')[2].innerText.includes('True stopped')")
 
 
