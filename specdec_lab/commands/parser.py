@@ -207,7 +207,7 @@ def _demo(verbs: _Verbs) -> None:
     verb = verbs.add("demo", "do the main job on this machine with the shipped pair: profile, tune, write a policy", "",
                      handler="examining:demo")
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (default: runs/demo)")
-    verb.add_argument("--budget", type=spelled(seconds), default=90.0, metavar="TIME", help="of the tuning (default: 90s)")
+    verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="of the tuning (default: 120s)")
     _model(verb)
     _json(verb)
 
