@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .runner import weights_fingerprint, write_slots
+from .runner import shape_of, weights_fingerprint, write_slots
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -60,17 +59,6 @@ def why_not(config: Any) -> str | None:
     if sliding or (window and config.model_type == "mistral" and window < config.max_position_embeddings):
         return f"FastLlama has no sliding-window layers (this model's window is {window})"
     return None
-
-
-def shape_of(config: Any) -> ModelShape:
-    """The sizes of a decoder configuration."""
-    heads = config.num_attention_heads
-    return ModelShape(
-        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=config.intermediate_size, vocab=config.vocab_size, tied=bool(config.tie_word_embeddings),
-    )
 
 
 def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:

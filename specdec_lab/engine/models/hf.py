@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .runner import weights_fingerprint, write_slots
+from .runner import shape_of, weights_fingerprint, write_slots
 
 INTERFACE = "specdec_lab"
 
@@ -69,17 +68,6 @@ def _attention(
     return out.reshape(1, batch * queries, query.shape[1], -1), None
 
 
-def _shape_of(config: Any) -> ModelShape:
-    heads = config.num_attention_heads
-    return ModelShape(
-        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocab=config.vocab_size, tied=bool(getattr(config, "tie_word_embeddings", False)),
-    )
-
-
 class HFRunner:
     """Any transformers causal LM whose attention goes through AttentionInterface; see Runner for the contract."""
 
@@ -103,7 +91,7 @@ class HFRunner:
             raise ModelRefused(f"{type(model).__name__}: its configuration names no heads or no maximum length")
         self._model = model.eval()
         self.name = name
-        self.shape = _shape_of(config)
+        self.shape = shape_of(config)
         first = next(model.parameters())
         self.dtype, self.device = first.dtype, first.device
         self.max_length = int(config.max_position_embeddings)

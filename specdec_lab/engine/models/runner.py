@@ -47,6 +47,18 @@ class Runner(Protocol):
         """
 
 
+def shape_of(config: Any) -> ModelShape:
+    """The sizes of a decoder configuration of transformers."""
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab=config.vocab_size, tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
 def write_slots(reads: Reads, cache: KvCache, padding: Tensor | None) -> Tensor:
     """Flat cache rows that the tokens of a forward write."""
     slots = reads.slots
