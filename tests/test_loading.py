@@ -75,6 +75,13 @@ def test_a_tensor_of_another_shape_is_named(folder):
         sd.load(str(folder), runner="fast")
 
 
+def test_a_file_that_was_cut_short_is_named(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(WeightsMismatch, match="model.safetensors of .* damaged or incomplete"):
+        sd.load(str(folder), runner="fast")
+
+
 def test_weights_that_are_missing_altogether_are_named(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelNotFound, match="no safetensors"):

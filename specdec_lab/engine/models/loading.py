@@ -166,6 +166,7 @@ def _hf_model(where: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 def read_weights(where: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder or hub name: safetensors, else a pickle read with weights_only=True."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(where)
@@ -181,7 +182,12 @@ def read_weights(where: str) -> dict[str, Tensor]:
     if files:
         weights: dict[str, Tensor] = {}
         for file in files:
-            weights |= load_file(folder / file)
+            try:
+                weights |= load_file(folder / file)
+            except (SafetensorError, OSError) as error:
+                raise WeightsMismatch(
+                    f"{file} of {where!r} cannot be read ({error}); it is damaged or incomplete, get it again"
+                ) from None
         return weights
     pickled = folder / "pytorch_model.bin"
     if pickled.exists():
