@@ -1,4 +1,4 @@
-"""`doctor`, `bench` and `demo`: the machine, the engine's own cost, and the main job end to end."""
+"""`doctor`, `bench overhead` and `demo`: the machine, the engine's own cost, and the main job end to end."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def doctor(lab: Lab, args: Namespace) -> Outcome:
     return Outcome(diagnosis, str(diagnosis), diagnosis.to_dict())
 
 
-def bench(lab: Lab, args: Namespace) -> Outcome:
+def overhead(lab: Lab, args: Namespace) -> Outcome:
     """Measure what the instrumentation costs; `--save` appends the row to the database's bench folder."""
-    from ..bench.overhead import DEFAULT_CONFIGS, OutputsDiffer, overhead
+    from ..bench.overhead import DEFAULT_CONFIGS, OutputsDiffer
+    from ..bench.overhead import overhead as measure
     from ..bench.profile import check_configs
     from ..tune import find_database
     from ..tune.db import append_lines
@@ -45,7 +46,7 @@ def bench(lab: Lab, args: Namespace) -> Outcome:
     try:
         with asked():
             check_configs(engine, configs)
-            report = overhead(
+            report = measure(
                 engine.pair, args.cell, configs, rounds=args.rounds, blocks=args.blocks, workload=args.workload,
                 backend=args.backend or "auto", say=screen.say,
             )

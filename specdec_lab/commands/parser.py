@@ -45,28 +45,34 @@ def build_parser(prog: str = SHELL) -> Parser:
                     epilog=f"Every verb has its own help with examples: {prog} profile --help{codes}")
     parser.add_argument("--version", action="version", version=f"specdec_lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, _bench, _demo):
-        add(_Verbs(verbs, prog))
+    from .bench_parser import add_bench
+
+    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, _demo):
+        add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
-        _stop(_Verbs(verbs, prog))
+        _stop(Verbs(verbs, prog))
     return parser
 
 
-class _Verbs:
+class Verbs:
     """Adds verbs whose examples carry the name under which the user called."""
 
     def __init__(self, actions: Any, prog: str) -> None:
         self._actions, self._prog = actions, prog
 
-    def add(self, name: str, gives: str, *examples: str, handler: str = "") -> Parser:
+    def add(self, name: str, gives: str, *examples: str, handler: str = "", parser_class: type[Parser] | None = None) -> Parser:
+        """A verb; with a parser class of its own if it reads its words differently."""
         lines = "\n".join(f"  {self._prog} {name} {example}".rstrip() for example in examples)
+        usual = self._actions._parser_class
+        self._actions._parser_class = parser_class or usual
         made: Parser = self._actions.add_parser(name, help=gives, description=gives[0].upper() + gives[1:] + ".",
                                                 epilog=f"examples:\n{lines}" if lines else None)
+        self._actions._parser_class = usual
         made.set_defaults(handler=handler)
         return made
 
 
-def _load(verbs: _Verbs) -> None:
+def _load(verbs: Verbs) -> None:
     verb = verbs.add(
         "load", "load a target and its draft, and say what they are", "", "path/to/model --draft path/to/draft",
         "demo --runner hf", handler="models:load",
@@ -74,10 +80,10 @@ def _load(verbs: _Verbs) -> None:
     verb.add_argument("model", nargs="?", metavar="MODEL", help="demo (the shipped pair, default), a folder or a hub name")
     _placement(verb)
     verb.add_argument("--as", dest="name", metavar="NAME", help="in a notebook: keep the engine under this variable name too")
-    _json(verb)
+    offer_json(verb)
 
 
-def _run(verbs: _Verbs) -> None:
+def _run(verbs: Verbs) -> None:
     verb = verbs.add(
         "run", "continue a prompt and show every step", "--prompt 'import os' --config self:4+60/chain3",
         "--workload revision --cell 8x4k --config ngram/chain8", "--file notes.txt --config policy.json --trace run.jsonl.gz",
@@ -94,11 +100,11 @@ def _run(verbs: _Verbs) -> None:
     verb.add_argument("--max-new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
     verb.add_argument("--trace", metavar="PATH", help="write every step here: .jsonl or .jsonl.gz")
     verb.add_argument("--perfetto", metavar="PATH", help="write a timeline for ui.perfetto.dev: .json or .json.gz")
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _profile(verbs: _Verbs) -> None:
+def _profile(verbs: Verbs) -> None:
     verb = verbs.add(
         "profile", "measure configurations against plain decoding, interleaved in blocks",
         "--cells 1x1024,8x4096 --configs off,self:4+60/chain3",
@@ -116,11 +122,11 @@ def _profile(verbs: _Verbs) -> None:
     _sampling(verb)
     verb.add_argument("--trace", metavar="DIR", help="write every block as a trace into this folder")
     verb.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _tune(verbs: _Verbs) -> None:
+def _tune(verbs: Verbs) -> None:
     verb = verbs.add(
         "tune", "search the best configuration per batch size and length, and write a policy",
         "--batches 1,4,8 --lengths 512,1k,4k --budget 120s", "--batches 8 --lengths 4k --workload revision --dry-run",
@@ -136,11 +142,11 @@ def _tune(verbs: _Verbs) -> None:
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
     _sampling(verb)
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _policy(verbs: _Verbs) -> None:
+def _policy(verbs: Verbs) -> None:
     verb = verbs.add(
         "policy", "show a policy, explain an answer of it, or check it against this machine", "show", "show 8x4k",
         "explain 4x2k --policy runs/demo/policy.json", "check", handler="policies:policy",
@@ -148,11 +154,11 @@ def _policy(verbs: _Verbs) -> None:
     verb.add_argument("action", choices=("show", "explain", "check"), help="what to do")
     verb.add_argument("cell", nargs="?", type=spelled(Cell.parse), metavar="CELL", help="batch and length: 8x4k")
     verb.add_argument("--policy", metavar="FILE", help="default: policy.json, as tune writes it")
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _export(verbs: _Verbs) -> None:
+def _export(verbs: Verbs) -> None:
     verb = verbs.add(
         "export", "say a policy in the words of a serving engine, with what gets lost", "policy.json --to vllm --length 4k",
         "policy.json --to sglang --option draft_model=my/draft --out deploy/", handler="policies:export",
@@ -165,10 +171,10 @@ def _export(verbs: _Verbs) -> None:
     verb.add_argument("--allow-labelled", action="store_true",
                       help="export a policy labelled forced, random-weights or modelled")
     verb.add_argument("--out", metavar="DIR", help="write the files here instead of printing them")
-    _json(verb)
+    offer_json(verb)
 
 
-def _replay(verbs: _Verbs) -> None:
+def _replay(verbs: Verbs) -> None:
     verb = verbs.add(
         "replay", "show recorded runs again, as they happened", "run.jsonl.gz", "traces/ --speed 10",
         "run.jsonl.gz --perfetto run.json.gz", handler="replaying:replay",
@@ -177,42 +183,26 @@ def _replay(verbs: _Verbs) -> None:
     verb.add_argument("--speed", type=spelled(positive), metavar="X",
                       help="times real time (default: 1 in a notebook, at once in a shell)")
     verb.add_argument("--perfetto", metavar="PATH", help="write a timeline of one trace for ui.perfetto.dev")
-    _json(verb)
+    offer_json(verb)
 
 
-def _doctor(verbs: _Verbs) -> None:
+def _doctor(verbs: Verbs) -> None:
     verb = verbs.add("doctor", "say what this machine can run, how fast it reads, and what is missing", "", "--json",
                      handler="examining:doctor")
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _bench(verbs: _Verbs) -> None:
-    verb = verbs.add("bench", "measure the engine itself: what its instrumentation costs", "overhead",
-                     "overhead --cell 8x1k --config self:4+60/chain3 --save", handler="examining:bench")
-    verb.add_argument("what", choices=("overhead",), help="overhead: rounds with and without instrumentation, in turns")
-    verb.add_argument("--cell", type=spelled(Cell.parse), default=Cell(8, 1024), metavar="BxL", help="default: 8x1024")
-    verb.add_argument("--config", type=spelled(split_configs), default=(), metavar="CONFIG,...",
-                      help="default: off,self:4+60/chain3")
-    verb.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
-    verb.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="on, off, off, on each (default: 8)")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
-    verb.add_argument("--save", action="store_true", help="append the result to the bench folder of the tuning database")
-    verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
-    _model(verb)
-    _json(verb)
-
-
-def _demo(verbs: _Verbs) -> None:
+def _demo(verbs: Verbs) -> None:
     verb = verbs.add("demo", "do the main job on this machine with the shipped pair: profile, tune, write a policy", "",
                      handler="examining:demo")
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (default: runs/demo)")
     verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="of the tuning (default: 120s)")
-    _model(verb)
-    _json(verb)
+    choose_model(verb)
+    offer_json(verb)
 
 
-def _stop(verbs: _Verbs) -> None:
+def _stop(verbs: Verbs) -> None:
     stop = verbs.add("stop", "stop what runs in the background; everything recorded is kept", "", "profile",
                      handler="background:stop")
     stop.add_argument("name", nargs="?", metavar="NAME", help="run, profile, replay or tune (default: all)")
@@ -227,7 +217,8 @@ def _placement(verb: Parser) -> None:
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
 
 
-def _model(verb: Parser) -> None:
+def choose_model(verb: Parser) -> None:
+    """Which model, where and how."""
     group = verb.add_argument_group("model", "default: the engine in use, else the shipped pair")
     group.add_argument("--model", metavar="MODEL", help="demo (the shipped pair), a folder or a hub name")
     _placement(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
@@ -242,7 +233,8 @@ def _sampling(verb: Parser) -> None:
                       help="rejection: the target's law; coupled: plain sampling's own tokens (default: rejection)")
 
 
-def _json(verb: Parser) -> None:
+def offer_json(verb: Parser) -> None:
+    """Output for machines."""
     verb.add_argument("--json", action="store_true", help="print JSON only")
 
 
@@ -253,6 +245,8 @@ def options_of(parser: argparse.ArgumentParser, words: Iterable[str]) -> list[st
     if not known:
         return sorted([*verbs, *(option for action in parser._actions for option in action.option_strings)])
     verb, words = verbs[known[0]], list(words)
+    if _choices(verb):  # a verb with actions of its own, as bench
+        return options_of(verb, words[words.index(known[0]) + 1 :])
     last = words[-1] if words else ""
     for action in verb._actions:
         if last in action.option_strings and action.nargs != 0:

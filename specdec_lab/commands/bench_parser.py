@@ -1,0 +1,54 @@
+"""The part of the parser below `bench`: one action per thing that can be measured. Building it loads nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..records import Cell, parse_count
+from .parser import WORKLOADS, Parser, Verbs, choose_model, offer_json
+from .spelling import spelled, split_configs
+
+DEFAULT_ACTION = "overhead"
+
+
+class BenchParser(Parser):
+    """`bench` alone, or with options only, means its default action."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """As argparse, with the default action put in where none is named."""
+        words = list(args or ())
+        if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+            words.insert(0, DEFAULT_ACTION)
+        return super().parse_known_args(words, namespace)
+
+
+def add_bench(verbs: Verbs) -> None:
+    """The verb with its actions."""
+    bench = verbs.add("bench", "measure the engine itself, side by side and interleaved", "overhead",
+                      "overhead --cell 8x1k --config self:4+60/chain3 --save", parser_class=BenchParser)
+    actions = Verbs(bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser), bench.prog)
+    add_actions: tuple[Callable[[Verbs], None], ...] = (_overhead,)
+    for add in add_actions:
+        add(actions)
+
+
+def _overhead(actions: Verbs) -> None:
+    action = actions.add("overhead", "rounds with and without instrumentation, in turns", "",
+                         "--cell 8x1k --config self:4+60/chain3 --save", handler="examining:overhead")
+    action.add_argument("--cell", type=spelled(Cell.parse), default=Cell(8, 1024), metavar="BxL", help="default: 8x1024")
+    action.add_argument("--config", type=spelled(split_configs), default=(), metavar="CONFIG,...",
+                        help="default: off,self:4+60/chain3")
+    action.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
+    action.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="of four runs each (default: 8)")
+    action.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    save_options(action)
+    choose_model(action)
+    offer_json(action)
+
+
+def save_options(action: Parser) -> None:
+    """Where a result may be kept."""
+    action.add_argument("--save", action="store_true", help="append the result to the bench folder of the tuning database")
+    action.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
+
