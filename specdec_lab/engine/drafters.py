@@ -53,9 +53,9 @@ def _draft_chain(
             reads = draft_step_reads(committed, step, config.view, batch.longest_committed, batch.uniform)
         width = fed.shape[1]
         clock.forward(Phase.DRAFT_LINEAR, Phase.DRAFT_ATTENTION)
-        logits = runner.forward(fed, reads, cache, backend, clock, torch.tensor([width - 1], device=committed.device))
+        scores = runner.forward(fed, reads, cache, backend, clock, torch.tensor([width - 1], device=committed.device))
         clock.enter(Phase.DRAFT_OTHER)
-        token, law = choose_draft(logits[:, 0], committed + step + 1, batch.processor, batch.verifier, batch.noise)
+        token, law = choose_draft(scores, committed + step + 1, batch.processor, batch.verifier, batch.noise)
         tokens.append(token)
         if law is not None:
             laws.append(law)

@@ -173,9 +173,9 @@ class Session:
         width = tokens.shape[1]
         reads = chain_reads(committed, width, KvView.full(), batch.longest_committed, batch.uniform)
         self._clock.forward(Phase.LINEAR, Phase.ATTENTION)
-        logits = self._pair.target.forward(tokens, reads, self._cache, self._backend, self._clock, reads.query_nodes)
+        scores = self._pair.target.forward(tokens, reads, self._cache, self._backend, self._clock, reads.query_nodes)
         self._clock.enter(Phase.ACCEPT)
-        return decide(proposal, logits, committed + 1, batch.processor, batch.verifier, batch.noise), width
+        return decide(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise), width
 
     def _commit(self, decision: Decision) -> _Commit:
         """Append the accepted tokens of the live rows, cut at end of text and length limit."""
