@@ -109,6 +109,11 @@ def _chain(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return order[:, None] >= order[None, :], order
 
 
+def chain_order(length: int, device: torch.device) -> Tensor:
+    """0, 1, ... length - 1, always the same tensor."""
+    return _chain(length, device)[1]
+
+
 def chain_reads(
     committed: Tensor, length: int, view: KvView, longest_committed: int, uniform: bool, rows: Tensor | None = None
 ) -> Reads:

@@ -25,6 +25,7 @@ from .clocks import Clock, CoarseClock, PhaseClock
 from .models.loading import ModelPair
 from .models.runner import Runner
 from .session import Session
+from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
@@ -67,6 +68,7 @@ class Engine:
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
         self._clock = clock
         self._versions = machine.versions()
+        self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:
@@ -83,7 +85,7 @@ class Engine:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
         clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
-        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings)
+        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         return OpenSession(self, session, workload, clock)
 
     def generate(
@@ -161,7 +163,7 @@ class Engine:
             config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target),
             draft=_facts(self.pair.draft) if self.pair.draft else None, backend=self.backend.name, refused=self.refused,
             machine={
-                **machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(),
+                **machine.facts(), "device": self.identity().device, "threads": self.threads.most,
                 "torch_device": str(device),
             },
             versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
@@ -194,6 +196,7 @@ class OpenSession:
 
     def _rounds(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         session, clock = self._session, self._clock
+        self._engine.threads.forget_old()
         observe = getattr(chooser, "observe", None)
         if self._used:
             session.rewind()

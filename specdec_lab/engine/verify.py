@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention import chain_order
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw, gumbel_argmax
 
@@ -40,9 +41,11 @@ class Decision:
 def accept_equal(proposal: Proposal, target: Tensor) -> Decision:
     """Accept drafts as long as they equal the target's own choices [B, N+1]; emit those choices."""
     num_drafted = proposal.tokens.shape[1]
-    order = torch.arange(num_drafted, device=target.device)
+    if num_drafted == 0:
+        return Decision(proposal.counts, target)
+    order = chain_order(num_drafted, target.device)
     equal = (proposal.tokens == target[:, :num_drafted]) & (order < proposal.counts[:, None])
-    return Decision(equal.long().cumprod(1).sum(1), target)
+    return Decision(equal.cumprod(1).sum(1), target)
 
 
 def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, residual_u: Tensor) -> Decision:

@@ -375,8 +375,9 @@ static int decoder_check(const Forward *f) {
     if (!f->scratch || !c->workspace) return 10;
     for (int i = 0; i < f->num_keep; i++)
         if (f->keep[i] < 0 || f->keep[i] >= c->queries) return 9;
-    for (int64_t i = 0; i < (int64_t)c->batch * c->queries; i++) {
-        int64_t position = c->committed[i / c->queries] + c->node_depth[c->query_node[i % c->queries]];
+    for (int64_t j = 0; j < (int64_t)row_count(c) * c->queries; j++) {
+        int64_t b = c->rows ? c->rows[j / c->queries] : j / c->queries, t = j % c->queries, i = b * c->queries + t;
+        int64_t position = c->committed[b] + c->node_depth[c->query_node[t]];
         if (f->tokens[i] < 0 || f->tokens[i] >= m->vocab || position >= m->positions) return 2000000 + (int)i;
     }
     return 0;

@@ -223,9 +223,10 @@ class FastLlama:
     def _one_call(
         self, compiled: Decoder, tokens: Tensor, plan: CpuPlan, cache: KvCache, clock: Clock, keep: Tensor
     ) -> Scores:
-        logits = torch.empty(tokens.shape[0], keep.shape[0], self.shape.vocab)
-        best = torch.empty(logits.shape[:2], dtype=torch.int64)
         call = plan.call
+        empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
+        logits = empty(tokens.shape[0], keep.shape[0], self.shape.vocab)
+        best = empty(logits.shape[:2], dtype=torch.int64)
         call.k, call.v, call.scale = cache.kv.data_ptr(), cache.kv[0, 1].data_ptr(), self._scale
         clock.attended(compiled.forward(tokens.contiguous(), call, cache.kv.stride(0), keep.to(torch.int32), logits, best))
         return Scores(logits, best)
