@@ -52,13 +52,14 @@ def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 
             reads = draft_step_reads(committed, step, view, longest, batch.uniform, rows)
         scores = network.score(fed, reads, 1, DRAFT)
         clock.enter(Phase.DRAFT_OTHER)
-        token, law = choose_draft(scores, committed + step + 1, batch.processor, batch.verifier, batch.noise)
+        token, drawn_from = choose_draft(scores, committed + step + 1, batch.processor, batch.verifier, batch.noise)
         tokens.append(token)
-        if law is not None:
-            laws.append(law)
+        if drawn_from is not None:
+            laws.append(drawn_from)
         cost.append(count_forward(computed if step else [n - lag for n in computed], fed.shape[1], view, step))
         fed = token[:, None]
-    proposal = Proposal(torch.stack(tokens, 1), torch.full_like(committed, config.depth), torch.stack(laws, 1) if laws else None)
+    counts, law = torch.full_like(committed, config.depth), torch.stack(laws, 1) if laws else None
+    proposal = Proposal(torch.stack(tokens, 1), counts, law)
     return proposal, DraftCost(tuple(cost), network.used_threads)
 
 

@@ -15,7 +15,7 @@ from ..records import KvView
 from .attention import AttentionBackend, Reads, chain_order, chain_reads
 from .batch import Batch, Forward, count_forward
 from .cache import KvCache
-from .clocks import CoarseClock, Clock, Phase
+from .clocks import Clock, CoarseClock, Phase
 from .models.runner import Runner, Scores
 from .threads import Threads
 

@@ -7,6 +7,7 @@ the prompt again. Not known here: who reads the records.
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 import torch
 
 from ..records import KvView, SpecConfig, StepRecord, UnsupportedConfig
@@ -79,7 +80,7 @@ class Session:
             raise UnsupportedConfig(f"{config}: this engine drafts chains; a tree of {config.tree.num_nodes} nodes is not one. "
                                     f"Use {config.drafter}{f':{config.view}' if config.view else ''}/chain{config.depth}.")
         if config.view is not None and config.view.kind == "snapkv":
-            raise UnsupportedConfig(f"{config}: the {self._target.backend.name} back end reads windows, not SnapKV index lists. "
+            raise UnsupportedConfig(f"{config}: {self._target.backend.name} reads windows, not SnapKV index lists. "
                                     f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
         if config.drafter == "model" and self._pair.draft is None:
             raise UnsupportedConfig(

@@ -48,7 +48,9 @@ class Threads:
         self.most, self._now = most, now
         self.choices: dict[Hashable, Choice] = {}
 
-    def use(self, kind: Hashable, work: Callable[[], object], clock_off: Callable[[], None], clock_on: Callable[[], None]) -> int:
+    def use(
+        self, kind: Hashable, work: Callable[[], object], clock_off: Callable[[], None], clock_on: Callable[[], None]
+    ) -> int:
         """Make `kind`'s count torch's, measuring it on `work` first if nothing is known; returns the count.
 
         work       the forward; it may run many times and leaves no trace

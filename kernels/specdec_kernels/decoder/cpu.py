@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ FIRST_TOKEN_CODE = 2_000_000
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias",
-                                  "out_bias")]  # fmt: skip
+    _fields_: ClassVar = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm",
+                                            "qkv_bias", "out_bias")]  # fmt: skip
 
 
 class _Model(ctypes.Structure):
-    _fields_ = (
+    _fields_: ClassVar = (
         [("layers", ctypes.POINTER(_Layer)), *((n, _P) for n in ("embedding", "head", "norm", "cosine", "sine")),
          ("positions", _I64)]
         + [(n, _I32) for n in ("num_layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab", "bf16")]
@@ -34,7 +35,7 @@ class _Model(ctypes.Structure):
 
 
 class _Forward(ctypes.Structure):
-    _fields_ = (
+    _fields_: ClassVar = (
         [("model", ctypes.POINTER(_Model)), ("attention", ctypes.POINTER(attention.Call))]
         + [(n, _P) for n in ("tokens", "keep", "logits", "best", "scratch")]
         + [("kv_layer", _I64), ("attention_ns", _I64), ("num_keep", _I32)]
@@ -124,10 +125,10 @@ class Decoder:
         if code >= FIRST_TOKEN_CODE:
             row, query = divmod(code - FIRST_TOKEN_CODE, call.queries)
             raise ValueError(
-                f"decoder refused: token {int(tokens[row, query])} of row {row}, query {query} is not one of {self.vocab} ids, or "
-                f"lies beyond the {self._model.positions} positions of the rotary table"
+                f"decoder refused: token {int(tokens[row, query])} of row {row}, query {query} is not one of {self.vocab} ids, "
+                f"or lies beyond the {self._model.positions} positions of the rotary table"
             )
-        if code in (8, 9, 10):
-            what = {8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing"}
+        what = {8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing"}
+        if code in what:
             raise ValueError(f"decoder refused: {what[code]}")
         attention.check_code(code, call)
