@@ -65,7 +65,8 @@ def library_path(target: str, folder: Path | None = None) -> Path:
     """The cached library for this source, compiler, flags and processor, whether it exists or not."""
     compiler = find_compiler()
     version = _run([compiler, "--version"]).splitlines()[0]
-    key = "\n".join((*(part.read_text() for part in (SOURCE, *PARTS)), compiler, version, *FLAGS, TARGETS[target], _processor()))
+    sources = (part.read_text() for part in (SOURCE, *PARTS))
+    key = "\n".join((*sources, compiler, version, *FLAGS, TARGETS[target], _processor()))
     return (folder or cache_folder()) / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 

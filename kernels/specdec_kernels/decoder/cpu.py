@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ FIRST_TOKEN_CODE = 2_000_000
 
 
 class _Layer(ctypes.Structure):
-    _fields_: ClassVar = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm",
+    _fields_: ClassVar[Any] = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm",
                                             "qkv_bias", "out_bias")]  # fmt: skip
 
 
 class _Model(ctypes.Structure):
-    _fields_: ClassVar = (
+    _fields_: ClassVar[Any] = (
         [("layers", ctypes.POINTER(_Layer)), *((n, _P) for n in ("embedding", "head", "norm", "cosine", "sine")),
          ("positions", _I64)]
         + [(n, _I32) for n in ("num_layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab", "bf16")]
@@ -35,7 +35,7 @@ class _Model(ctypes.Structure):
 
 
 class _Forward(ctypes.Structure):
-    _fields_: ClassVar = (
+    _fields_: ClassVar[Any] = (
         [("model", ctypes.POINTER(_Model)), ("attention", ctypes.POINTER(attention.Call))]
         + [(n, _P) for n in ("tokens", "keep", "logits", "best", "scratch")]
         + [("kv_layer", _I64), ("attention_ns", _I64), ("num_keep", _I32)]
@@ -72,8 +72,8 @@ class Decoder:
         vocab, hidden = weights.embedding.shape
         self.vocab, self._scratch = vocab, torch.empty(0)
         self._model = _Model(
-            layers, self._keep(weights.embedding.contiguous()), self._pack(weights.head), self._vector(weights.norm), None, None,
-            0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim, weights.blocks[0].gate.shape[0],
+            layers, self._keep(weights.embedding.contiguous()), self._pack(weights.head), self._vector(weights.norm),
+            None, None, 0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim, weights.blocks[0].gate.shape[0],
             vocab, self._bf16, weights.eps,
         )  # fmt: skip
         self.set_positions(weights.cosine, weights.sine)
