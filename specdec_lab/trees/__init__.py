@@ -11,7 +11,20 @@ nor the engine: torch is imported by files.py while it reads a `.pt` file, and b
 from __future__ import annotations
 
 from .acceptance import Acceptance, why_not_heap
+from .counts import Counts, Walk, rank_counts
+from .fit import RankFit, fit_acceptance
 from .search import best_tree
 from .shape import expected_tokens, path_chances
 
-__all__ = ["Acceptance", "best_tree", "expected_tokens", "path_chances", "why_not_heap"]
+__all__ = [
+    "Acceptance",
+    "Counts",
+    "RankFit",
+    "Walk",
+    "best_tree",
+    "expected_tokens",
+    "fit_acceptance",
+    "path_chances",
+    "rank_counts",
+    "why_not_heap",
+]
