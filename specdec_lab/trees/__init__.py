@@ -11,6 +11,7 @@ nor the engine: torch is imported by files.py while it reads a `.pt` file, and b
 from __future__ import annotations
 
 from .acceptance import Acceptance, why_not_heap
+from .choice import Choice, choose
 from .counts import Counts, Walk, rank_counts
 from .fit import RankFit, fit_acceptance
 from .search import best_tree
@@ -18,10 +19,12 @@ from .shape import expected_tokens, path_chances
 
 __all__ = [
     "Acceptance",
+    "Choice",
     "Counts",
     "RankFit",
     "Walk",
     "best_tree",
+    "choose",
     "expected_tokens",
     "fit_acceptance",
     "path_chances",
