@@ -13,21 +13,15 @@ from __future__ import annotations
 from .acceptance import Acceptance, why_not_heap
 from .choice import Choice, choose
 from .counts import Counts, Walk, rank_counts
+from .files import TreeFileError
 from .fit import RankFit, fit_acceptance
+from .growmap import load_growmap
+from .importers import OptimizerConfig, load_acceptance, load_optimizer_config
 from .search import best_tree
 from .shape import expected_tokens, path_chances
 
 __all__ = [
-    "Acceptance",
-    "Choice",
-    "Counts",
-    "RankFit",
-    "Walk",
-    "best_tree",
-    "choose",
-    "expected_tokens",
-    "fit_acceptance",
-    "path_chances",
-    "rank_counts",
-    "why_not_heap",
-]
+    "Acceptance", "Choice", "Counts", "OptimizerConfig", "RankFit", "TreeFileError", "Walk", "best_tree", "choose",
+    "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config", "path_chances",
+    "rank_counts", "why_not_heap",
+]  # fmt: skip
