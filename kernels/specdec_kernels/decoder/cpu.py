@@ -18,11 +18,12 @@ from .reference import Weights
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FIRST_TOKEN_CODE = 2_000_000
+MATRICES = ("qkv", "out", "gate", "up", "down")
+VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "out_bias")
 
 
 class _Layer(ctypes.Structure):
-    _fields_: ClassVar[Any] = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm",
-                                            "qkv_bias", "out_bias")]  # fmt: skip
+    _fields_: ClassVar[Any] = [(n, _P) for n in (*MATRICES, *VECTORS)]
 
 
 class _Model(ctypes.Structure):
@@ -65,16 +66,16 @@ class Decoder:
         self._kept: list[Tensor] = []
         layers = (_Layer * len(weights.blocks))()
         for layer, block in zip(layers, weights.blocks, strict=True):
-            for name in ("qkv", "out", "gate", "up", "down"):
+            for name in MATRICES:
                 setattr(layer, name, self._pack(getattr(block, name)))
-            for name in ("input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "out_bias"):
+            for name in VECTORS:
                 setattr(layer, name, self._vector(getattr(block, name)))
         vocab, hidden = weights.embedding.shape
         self.vocab, self._scratch = vocab, torch.empty(0)
         self._model = _Model(
             layers, self._keep(weights.embedding.contiguous()), self._pack(weights.head), self._vector(weights.norm),
-            None, None, 0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim, weights.blocks[0].gate.shape[0],
-            vocab, self._bf16, weights.eps,
+            None, None, 0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim,
+            weights.blocks[0].gate.shape[0], vocab, self._bf16, weights.eps,
         )  # fmt: skip
         self.set_positions(weights.cosine, weights.sine)
 
