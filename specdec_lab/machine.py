@@ -113,7 +113,7 @@ def _read(path: Path) -> str | None:
 
 def openmp_libraries(root: Path = ROOT) -> tuple[str, ...]:
     """File names of the OpenMP libraries in this process, each of which has threads of its own; empty where unknown."""
-    found = {}
+    found: dict[str, None] = {}
     for line in (_read(root / "proc/self/maps") or "").splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if re.match(r"lib(gomp|omp|iomp5)[.-]", path.name):
