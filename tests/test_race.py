@@ -17,6 +17,7 @@ from specdec_lab.bench.race.runner import Race
 from specdec_lab.records import Cell
 
 WRONG = [[1, 2, 3, 4], [5, 6, 9, 8]]
+QUICK_S = 8 / 123456  # a speed that no other number of a report looks like
 HEADER = {
     "run": "r", "created": "2026-01-01T00:00:00+00:00", "device": "TEST", "threads": 1, "versions": {"torch": "2"},
     "commit": "c" * 40, "workload": "prose", "new_tokens": 4, "blocks": 3, "seed": 0,
@@ -94,20 +95,20 @@ def test_the_first_peer_is_plain_decoding_and_counts_are_positive():
 
 
 def test_a_peer_with_a_wrong_token_is_red_and_no_speed_of_it_is_shown_anywhere():
-    results, log = raced(Fake("a/plain", tokens=[WRONG], seconds=(0.123,)), judge=far)
+    results, log = raced(Fake("a/plain", tokens=[WRONG], seconds=(QUICK_S,)), judge=far)
     row = row_of(results, "a/plain")
     assert (row.state, row.verdict["row"], row.verdict["place"]) == ("red", 1, 2)
     assert "row 1 emits token 9 at new token 2, plain decoding 7" in row.words
     assert "5.0e-01 below the best logit in float64" in row.words
     assert results[0].is_red
     assert log.count(("a/plain", "decode")) == 1  # it is not even timed
-    speed = f"{8 / 0.123:,.0f}"
     for text in texts_of(results):
-        assert speed not in text
+        assert "123456" not in text.replace(",", "")
         assert "emits token 9" in text
     assert row.to_dict()["tokens_per_s"] is None
     assert "| a/plain |" not in RaceReport(HEADER, tuple(results)).markdown()
-    assert f"{8 / 1.0:,.0f}" in texts_of(results)[0]  # ours is shown
+    results, _ = raced(Fake("a/plain", seconds=(QUICK_S,)))
+    assert all("123456" in text.replace(",", "") for text in texts_of(results))  # where the tokens are right it is shown
 
 
 def test_a_near_tie_is_timed_and_labelled_with_its_place_and_gap():
@@ -170,12 +171,13 @@ def test_rows_of_another_number_or_length_are_red(tokens):
 
 
 def test_a_peer_that_changes_its_tokens_later_is_red_and_loses_its_speed():
-    results, log = raced(Fake("a/plain", tokens=[RIGHT, RIGHT, WRONG], seconds=(0.123,)), judge=far)
+    results, log = raced(Fake("a/plain", tokens=[RIGHT, RIGHT, WRONG], seconds=(QUICK_S,)), judge=far)
     row = row_of(results, "a/plain")
     assert row.state == "red"
     assert not row.is_timed
+    assert row.tokens_per_s == {}
     assert log.count(("a/plain", "decode")) == 3
-    assert all(f"{8 / 0.123:,.0f}" not in text for text in texts_of(results))
+    assert all("123456" not in text.replace(",", "") for text in texts_of(results))
 
 
 def test_a_near_tie_does_not_hide_a_later_red():

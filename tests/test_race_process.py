@@ -23,7 +23,8 @@ def worker(tmp_path):
     path.write_text(racers.WORKER)
 
     def make(fault="", **options):
-        patience = Patience(hello_s=20, prepare_s=20, decode_s=options.pop("decode_s", 20), close_s=options.pop("close_s", 20))
+        names = ("hello_s", "prepare_s", "decode_s", "close_s")
+        patience = Patience(**{name: options.pop(name, 20.0) for name in names})
         made.append(ProcessPeer("fake/plain", [sys.executable, str(path), fault], patience=patience, **options))
         return made[-1]
 
@@ -86,6 +87,12 @@ def test_a_worker_that_gives_no_answer_is_stopped(worker):
     with pytest.raises(PeerFailed, match=r"gave no answer to decode in 0.3 s and was stopped"):
         peer.decode()
     assert process.wait(timeout=10) != 0
+
+
+def test_a_worker_that_does_not_even_greet_is_stopped_at_once(worker):
+    peer = worker("hangs at hello", hello_s=0.3)
+    assert "gave no answer to hello in 0.3 s" in peer.why_not(CELL)
+    assert peer._worker._process.wait(timeout=10) != 0
 
 
 def test_a_worker_that_does_not_close_is_stopped(worker):

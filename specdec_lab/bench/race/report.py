@@ -98,7 +98,8 @@ def about(header: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers") if name in known)
     threads = "1 thread" if header["threads"] == 1 else f"{header['threads']} threads"
     text = f"{header['new_tokens']} greedy tokens after {header['workload']} prompts, {header['blocks']} blocks"
-    return f"{header['device']}, {threads}, {versions}, commit {header['commit'][:12]}, {header['created']}; {text}"
+    commit, dash, state = header["commit"].partition("-")
+    return f"{header['device']}, {threads}, {versions}, commit {commit[:12]}{dash}{state}, {header['created']}; {text}"
 
 
 def cells(row: Row, result: CellResult) -> tuple[str, ...]:
