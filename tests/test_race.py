@@ -231,6 +231,7 @@ def test_a_line_of_the_database_holds_what_its_numbers_depend_on():
         assert line["gate"]["state"] == "equal"
         assert {*line["load"]} == {"before", "after"}
     assert lines[1]["ratios"]["ours/off"]["num_blocks"] == 3
+    assert all("repeated prompts" in text for text in texts_of(results))
 
 
 def test_one_block_gives_a_ratio_without_an_interval_that_json_can_hold():

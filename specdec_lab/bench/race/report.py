@@ -54,7 +54,8 @@ class RaceReport:
         rule = ["---" if name in ("cell", "peer", "note") else "--:" for name in head]
         rows = [(str(result.cell), *cells(row, result)) for result in self.results for row in result.rows if row.is_timed]
         lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
-        others = [f"- {line}" for line in (*_not_timed(self.results), *_notices(self.results))]
+        labels = [f"{r.cell}: {', '.join(r.rows[0].labels)}" for r in self.results if r.rows and r.rows[0].labels]
+        others = [f"- {line}" for line in (*labels, *_not_timed(self.results), *_notices(self.results))]
         return "\n".join([*lines, "", *others, *([""] if others else []), LEGEND, "", about(self.header)]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
