@@ -69,7 +69,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """tokens [B, depth]; law [B, depth, V] they were drawn from, where a law was asked for; nanoseconds by what they went to."""
+    """tokens [B, depth]; law [B, depth, V] they were drawn from, where one was asked for; nanoseconds by use."""
 
     tokens: Tensor
     law: Tensor | None
