@@ -150,10 +150,19 @@ class OldLengths(Planted):
         return self.kept[1]
 
 
-class StridesIgnored(Planted):
+class HeadsTakenForPacked(Planted):
+    """Queries of a fused projection are read as if nothing lay between them."""
+
     def attend(self, q, cache, layer, plan, scale):
         packed = torch.empty(q.shape).stride()
-        return super().attend(q.as_strided(q.shape, packed), cache, layer, plan, scale)
+        return super().attend(q.as_strided(q.shape, packed) if q.stride(1) > q.stride(2) else q, cache, layer, plan, scale)
+
+
+class OrderTakenForGranted(Planted):
+    def attend(self, q, cache, layer, plan, scale):
+        packed = torch.empty(q.shape).stride()
+        is_turned = q.stride(1) < q.stride(2)
+        return super().attend(q.as_strided(q.shape, packed) if is_turned else q, cache, layer, plan, scale)
 
 
 class HalfPrecision(Planted):
@@ -209,7 +218,8 @@ PLANTED = {
     AllRowsAsLong: "rows are", UsualScale: "rows are wrong by", LastKeyDropped: "rows are wrong by",
     SecondChunkForgotten: r"2049.* \+ .*rows are wrong by", HeadsSharedWrongly: "group 2.*rows are wrong by",
     FirstLayerOnly: "rows are wrong by", NoSlidingLayers: "sliding 16.*rows are wrong by",
-    OldLengths: "with a token less in every row rows are wrong by", StridesIgnored: "(sliced|transposed) queries.*rows are",
+    OldLengths: "with a token less in every row rows are wrong by", HeadsTakenForPacked: "sliced queries.*rows are",
+    OrderTakenForGranted: "transposed queries.*rows are",
     HalfPrecision: "rows are wrong by", WritesToTheCache: "changed the cache", OtherDtype: r"gives .*float64.* for queries of",
     Raises: "33, .*raised RuntimeError: 33 is too much for me", NeverTheSame: "other bits when asked again",
     BitsOfTheBatch: "row 0 has other bits alone than in the batch", BitsOfTheThreads: "other bits on 2 threads than on 1",
@@ -303,6 +313,15 @@ def test_cases_are_made_anew_from_their_names_which_are_unique():
     assert torch.equal(left.q, right.q)
     assert torch.equal(left.cache.kv.nan_to_num(7.0), right.cache.kv.nan_to_num(7.0))
     assert not torch.equal(left.q, cases[71].build(True).q[:, : left.q.shape[1]])
+
+
+def test_layouts_of_queries_are_what_they_are_called():
+    found = {}
+    for case in conformance.cases(NEED):
+        q = case.build(True).q
+        if q.shape[1] > 1:  # a single query lies the same either way
+            found.setdefault(case.layout, set()).add((q.is_contiguous(), q.transpose(1, 2).is_contiguous()))
+    assert found == {"contiguous": {(True, False)}, "sliced": {(False, False)}, "transposed": {(False, True)}}
 
 
 def test_the_suite_covers_what_it_is_for():

@@ -91,7 +91,7 @@ class Case:
 
     lengths  committed tokens of each row
     need     what it asks of a back end
-    gain     factor on the queries: a large one makes one key win, and lets an online maximum jump
+    gain     factor on the queries: 3 gives the many keys far below the best one weight together, 30 lets one key win
     layout   of the queries: contiguous; sliced, as from a fused projection; transposed, as from [B, Hq, T, D]
     """
 
@@ -134,7 +134,7 @@ class Case:
                 cache.kv[:, 1, row, :, end:] = GARBAGE
         cache.committed = torch.tensor(self.lengths, device=device)
         return Situation(
-            self._queries(draw).to(device), cache, self._reads(cache.committed), need.group, self.sliding,
+            self._queries(draw, device), cache, self._reads(cache.committed), need.group, self.sliding,
             1.25 * need.head_dim**-0.5,  # not the usual scale: a back end must use the one that it is given
         )  # fmt: skip
 
@@ -143,19 +143,18 @@ class Case:
         longest, is_uniform = max(self.lengths) + len(depths), len(set(self.lengths)) == 1
         return Reads(committed, corner, depths, nodes, self.view, longest, is_uniform, self.corner.is_chain)
 
-    def _queries(self, draw: torch.Generator) -> Tensor:
+    def _queries(self, draw: torch.Generator, device: torch.device) -> Tensor:
+        """[B, T, Hq, D] in the case's layout. Views are taken last: arithmetic on a view would pack it."""
         batch, queries, heads = len(self.lengths), len(self.corner.queries), self.kv_heads * self.need.group
-        if self.layout == "transposed":
-            q = torch.randn(batch, heads, queries, self.need.head_dim, generator=draw).transpose(1, 2)
-        else:
-            extra = 2 * self.kv_heads if self.layout == "sliced" else 0
-            q = torch.randn(batch, queries, heads + extra, self.need.head_dim, generator=draw)[:, :, :heads]
-        return (q * self.gain).to(self.need.dtype)  # keeps the strides
+        made = heads + 2 * self.kv_heads if self.layout == "sliced" else heads
+        order = (batch, made, queries) if self.layout == "transposed" else (batch, queries, made)
+        q = (torch.randn(*order, self.need.head_dim, generator=draw) * self.gain).to(device, self.need.dtype)
+        return q.transpose(1, 2) if self.layout == "transposed" else q[:, :, :heads]
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a back end is given: q [B, T, Hq, D], a cache of LAYERS layers, and what of it may be read."""
+    """What a back end is given: q [B, T, Hq, D], the same for every layer of the cache, and what of it may be read."""
 
     q: Tensor
     cache: KvCache
@@ -164,10 +163,15 @@ class Situation:
     sliding: int | None
     scale: float
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the cache."""
+        return int(self.cache.kv.shape[0])
+
     def attend(self, backend: AttentionBackend) -> list[Tensor]:
         """One plan, then the answer of every layer."""
         plan = backend.plan(self.reads, self.cache, self.group, self.sliding)
-        return [backend.attend(self.q, self.cache, layer, plan, self.scale) for layer in range(LAYERS)]
+        return [backend.attend(self.q, self.cache, layer, plan, self.scale) for layer in range(self.num_layers)]
 
     def shorter(self) -> Situation:
         """The same cache with a token less in every row, as after a rollback."""
@@ -176,12 +180,13 @@ class Situation:
         longest, is_uniform = max(lengths) + self.reads.corner.shape[1], len(set(lengths)) == 1
         return replace(self, reads=replace(self.reads, committed=committed, longest=longest, uniform=is_uniform))
 
-    def row(self, row: int) -> Situation:
-        """The same row, alone in its batch."""
+    def row(self, row: int, num_layers: int | None = None) -> Situation:
+        """The same row alone in its batch, with the first `num_layers` layers (None: all)."""
         whole, pick = self.cache, slice(row, row + 1)
         longest = int(whole.committed[row]) + self.reads.corner.shape[1]
-        alone = KvCache(LAYERS, 1, whole.kv_heads, longest, whole.head_dim, whole.kv.dtype, whole.kv.device)
-        alone.kv.copy_(whole.kv[:, :, pick, :, : alone.slots])
+        layers = num_layers or self.num_layers
+        alone = KvCache(layers, 1, whole.kv_heads, longest, whole.head_dim, whole.kv.dtype, whole.kv.device)
+        alone.kv.copy_(whole.kv[:layers, :, pick, :, : alone.slots])
         alone.committed = whole.committed[pick].clone()
         reads = replace(self.reads, committed=alone.committed, longest=longest, uniform=True)
         return replace(self, q=self.q[pick], cache=alone, reads=reads)
@@ -196,7 +201,7 @@ def cases(need: Need | None = None) -> Iterator[Case]:
     None: all head sizes, groups and dtypes that we know, everything that the seam can ask, on every device of this machine.
     """
     for device, dtype in _places(need):
-        for family in (_views, _borders, _widths, _sizes, _queries, _prompts, _sliding, _changes):
+        for family in (_views, _borders, _window_edges, _widths, _sizes, _queries, _prompts, _sliding, _changes):
             for case in family(_maker(device, dtype, need)):
                 if need is None or _is_within(case.need, need):
                     yield case
@@ -248,6 +253,13 @@ def _borders(make: Make) -> Iterator[Case]:
     yield from (make("last slot", (length, 3), corner) for length, corner in ((250, chain(5)), (254, chain(1))))
 
 
+def _window_edges(make: Make) -> Iterator[Case]:
+    """Windows whose first and last keys fall on, before and behind the borders of blocks of keys."""
+    for edge in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128):
+        yield make("window edges", (400, 150), chain(2), KvView.window(edge, 150))
+        yield make("window edges", (400, edge), star(3), KvView.window(0, 64 + edge))
+
+
 def _widths(make: Make) -> Iterator[Case]:
     """Every number of queries that blocks of rows divide badly, in chains and trees."""
     for width in WIDTHS:
@@ -266,12 +278,12 @@ def _sizes(make: Make) -> Iterator[Case]:
 
 
 def _queries(make: Make) -> Iterator[Case]:
-    """Queries in other layouts, and so large that a single key wins."""
+    """Queries in other layouts, and so large that an online maximum jumps."""
     for corner in (chain(1), chain(5), tree(9)):
         for layout in ("sliced", "transposed"):
             yield make("queries", (90, 5), corner, layout=layout)
         for view in (FULL, KvView.window(4, 60)):
-            yield make("queries", (2100,), corner, view, gain=30.0, kv_heads=1)
+            yield from (make("queries", (2100,), corner, view, gain=gain, kv_heads=1) for gain in (3.0, 30.0))
 
 
 def _prompts(make: Make) -> Iterator[Case]:
