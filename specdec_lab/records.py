@@ -352,6 +352,8 @@ class StepRecord:
     linear_flops: int = 0
     attention_flops: int = 0
     query_tokens: int = 0  # per sequence in the verify forward, root counted
+    draft_threads: int = 0  # of draft forwards and of verify on a CPU, as measured to be fastest; 0 where it means nothing
+    verify_threads: int = 0
     context_cost_s: float | None = None  # sampled: step(n) - step(tiny n)
     flags: tuple[str, ...] = ()  # "busy", "floor-above-measured", ...
 

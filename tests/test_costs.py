@@ -337,6 +337,18 @@ def test_the_speed_up_is_plain_time_over_time_per_token(cell: Cell, gamma: int, 
     assert p.plain_s == pytest.approx(law(cell.batch, 1, cell.batch * cell.length * KV))
 
 
+@given(cells, st.integers(1, 16), alphas)
+def test_a_plain_step_has_an_overhead_of_its_own(cell: Cell, gamma: int, alpha: float) -> None:
+    overhead = fit_cost([CostSample(b, 1, 0, 3e-4 + 2e-5 * b) for b in (1, 8, 64)])
+    plain = fit_cost([CostSample(b, 1, 0, 1e-4 + 1e-5 * b) for b in (1, 8, 64)])
+    with_both, with_one = model(overhead=overhead, plain_overhead=plain), model(overhead=overhead)
+    assert with_both.plain_s(cell) == pytest.approx(with_one.plain_s(cell) + 1e-4 + 1e-5 * cell.batch)
+    both, one = with_both.predict(cell, gamma, 64, alpha), with_one.predict(cell, gamma, 64, alpha)
+    assert both.round_s == one.round_s
+    assert both.speedup / one.speedup == pytest.approx(both.plain_s / one.plain_s)
+    assert with_both.predict(cell, 0, 64, alpha).speedup == 1
+
+
 def test_no_chain_is_plain_decoding_exactly() -> None:
     overhead = fit_cost([CostSample(b, 1, 0, 1e-2 * b) for b in (1, 8)])
     p = model(overhead=overhead, select_s=1.0).predict(Cell(4, 1024), 0, 64, 0.9)

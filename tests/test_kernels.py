@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_kernels.tree_attention import build, cpu, reference
+from specdec_kernels import build
+from specdec_kernels.tree_attention import cpu, reference
 
 TARGETS = [t for t in build.TARGETS if cpu.why_not(64, torch.float32, t) is None]
 NAN = float("nan")

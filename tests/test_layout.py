@@ -23,7 +23,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "trace": (PURE | {"stream"}, set()),
     "summary": (PURE, {"numpy"}),
     "costs": (PURE, {"numpy"}),
-    "trees": (PURE, {"numpy"}),
+    "trees": (PURE, {"numpy", "torch"}),  # torch in files.py only, while a `.pt` file is read (test_trees_import holds that)
     "policy": (PURE, set()),
     "machine": (PURE, set()),
     "export": (PURE | {"policy"}, set()),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WARM_UP_SHARE, WARM_UP_ROUNDS = 0.25, 3  # of a block, and at least this many rounds
 LOOPING = 0.2  # share of repeated text from which on a reader is told
 MIN_BLOCKS = 2  # undisturbed ones; with fewer, all are shown and the reader is told
+PROMPTS_READ = "prompts read in"  # the notice that only says how long it took
 BASELINE_ADDED = "plain decoding (off) was added: every speed-up is measured against it in the same blocks"
 
 
@@ -80,7 +81,7 @@ class Profile:
     def _cell(self, cell: Cell, session: OpenSession) -> Iterator[Stream]:
         gate, times = TokenGate(cell), BlockTimes()
         prefill_s = [self._warm_up(session, config, gate) for config in self.configs]
-        self.notices.append(f"{cell}: prompts read in {sum(prefill_s):.2f} s")
+        self.notices.append(f"{cell}: {PROMPTS_READ} {sum(prefill_s):.2f} s")
         block = 0
         while block < self.blocks or (block < 2 * self.blocks and block - len(times.disturbed()) < self.blocks):
             for config in self._order(block):

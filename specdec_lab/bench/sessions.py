@@ -72,7 +72,7 @@ class Sessions:
     def _kv_bytes(self, cell: Cell, tokens: int) -> int:
         """KV of the target, with `tokens` per row."""
         target = self.engine.pair.target
-        return cell.batch * tokens * target.shape.kv_bytes_per_token(target.dtype.itemsize)
+        return cell.batch * tokens * target.shape.kv_bytes_per_token(target.kv_dtype.itemsize)
 
     def _free_bytes(self) -> float:
         free = available_bytes(self.engine.pair.target.device)

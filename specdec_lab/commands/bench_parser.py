@@ -8,7 +8,7 @@ from typing import Any
 from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from ..records import Cell, TreeShape, parse_count
 from .parser import WORKLOADS, Parser, Verbs, choose_model, offer_json
-from .spelling import spelled, split_configs, split_counts
+from .spelling import positive, seconds, spelled, split_configs, split_counts
 
 DEFAULT_ACTION = "overhead"
 
@@ -29,7 +29,7 @@ def add_bench(verbs: Verbs) -> None:
     bench = verbs.add("bench", "measure the engine itself, side by side and interleaved", "overhead",
                       "overhead --cell 8x1k --config self:4+60/chain3 --save", parser_class=BenchParser)
     actions = Verbs(bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser), bench.prog)
-    add_actions: tuple[Callable[[Verbs], None], ...] = (_overhead, _attention)
+    add_actions: tuple[Callable[[Verbs], None], ...] = (_overhead, _attention, _scaling)
     for add in add_actions:
         add(actions)
 
@@ -83,6 +83,34 @@ def split_dtypes(text: str) -> tuple[str, ...]:
 
 def _listed(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
+
+
+def _scaling(actions: Verbs) -> None:
+    action = actions.add(
+        "scaling", "how time grows with length, batch and verified tokens, and what speculation gains", "",
+        "--batches 1,4,16 --lengths 1k,8k --configs self:4+60/chain3 --svg pictures --save",
+        "--from tuning_db/bench/scaling.jsonl --svg pictures --markdown", handler="scaling:scaling",
+    )
+    # Defaults are put in by the handler, so that it can tell what was asked for.
+    action.add_argument("--batches", type=spelled(split_counts), metavar="N,...", help="at least two (default: 1,2,4,8,16)")
+    action.add_argument("--lengths", type=spelled(split_counts), metavar="N,...", help="at least two (default: 1k,4k,8k)")
+    action.add_argument("--configs", type=spelled(split_configs), metavar="CONFIG,...",
+                        help="default: self:4+60/chain3,self:4+252/chain4,model:4+124/chain3; off always runs beside them")
+    action.add_argument("--widths", type=spelled(split_counts), metavar="N,...",
+                        help="verified tokens measured in three spread cells (default: 1,2,4,5,8,9,16)")
+    action.add_argument("--workload", choices=WORKLOADS, help="shipped held-out text (default: prose)")
+    action.add_argument("--temperature", type=spelled(positive), metavar="T", help="sample at T (default: greedy)")
+    action.add_argument("--verifier", choices=("rejection", "coupled"), help="when sampling (default: rejection)")
+    action.add_argument("--seed", type=int, metavar="N", help="of sampling and of the places in the text (default: 0)")
+    action.add_argument("--blocks", type=spelled(parse_count), metavar="N", help="interleaved repetitions (default: 4)")
+    action.add_argument("--block-seconds", type=spelled(seconds), metavar="S",
+                        help="of one configuration in a block (default: 0.5)")
+    action.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: show the newest row of this file again")
+    action.add_argument("--svg", metavar="DIR", help="write both pictures into this folder")
+    action.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    save_options(action)
+    choose_model(action)
+    offer_json(action)
 
 
 def save_options(action: Parser) -> None:

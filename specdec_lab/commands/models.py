@@ -47,11 +47,11 @@ def words(engine: Engine) -> str:
 
 
 def _model(model: Runner) -> dict[str, Any]:
-    element = model.dtype.itemsize
     return {
         "name": model.name, "runner": model.kind, "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(element),
-        "kv_bytes_per_token": model.shape.kv_bytes_per_token(element), "max_length": model.max_length,
+        "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
+        "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(model.dtype.itemsize),
+        "kv_bytes_per_token": model.shape.kv_bytes_per_token(model.kv_dtype.itemsize), "max_length": model.max_length,
         "fingerprint": model.fingerprint,
     }  # fmt: skip
 
@@ -59,6 +59,6 @@ def _model(model: Runner) -> dict[str, Any]:
 def _line(model: dict[str, Any]) -> str:
     return (
         f"{model['name']}, {model['parameters']:,} parameters, {model['dtype']}, {model['weight_bytes'] / 1e6:.1f} MB of "
-        f"weights, {model['kv_bytes_per_token']:,} bytes of KV per token, {model['max_length']:,} positions, "
-        f"runner {model['runner']}"
+        f"weights, {model['kv_bytes_per_token']:,} bytes of {model['kv_dtype']} KV per token, {model['max_length']:,} "
+        f"positions, runner {model['runner']}"
     )

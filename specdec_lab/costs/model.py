@@ -17,6 +17,7 @@ class CostModel:
 
     draft, overhead  None = costs nothing (n-gram lookup; an engine without overhead)
     select_s         time per round spent on choosing what the draft sees
+    plain_overhead   of a step of plain decoding, which accepts and commits too; None = costs nothing
     """
 
     target: FittedCost
@@ -25,16 +26,16 @@ class CostModel:
     kv_bytes_per_token: float
     draft_kv_bytes_per_token: float
     select_s: float = 0.0
+    plain_overhead: FittedCost | None = None
 
     def plain_s(self, cell: Cell) -> float:
         """T_T: a step of plain decoding."""
-        return self.target.seconds(cell.batch, 1, self._kv_bytes(cell))
+        return self.target.seconds(cell.batch, 1, self._kv_bytes(cell)) + self._overhead_s(cell, 0)
 
     def predict(self, cell: Cell, gamma: int, view_tokens: int | None, alpha: float) -> Prediction:
         """A chain of `gamma` tokens, its draft reading `view_tokens` keys (None = all), against plain decoding."""
         kv_bytes, draft_bytes = self._kv_bytes(cell), self._draft_bytes(cell, view_tokens)
         draft_s = gamma * self.draft.seconds(cell.batch, 1, draft_bytes) if self.draft else 0.0
-        overhead_s = self.overhead.seconds(cell.batch, 1, 0) if self.overhead and gamma else 0.0
         caveats = [f"target: {words}" for words in self.target.outside(cell.batch, gamma + 1, kv_bytes)]
         if self.draft and gamma:
             caveats += [f"draft: {words}" for words in self.draft.outside(cell.batch, 1, draft_bytes)]
@@ -44,7 +45,7 @@ class CostModel:
             plain_s=self.plain_s(cell),
             draft_s=draft_s,
             verify_s=self.target.seconds(cell.batch, gamma + 1, kv_bytes),
-            overhead_s=overhead_s + (self.select_s if gamma else 0.0),
+            overhead_s=self._overhead_s(cell, gamma) + (self.select_s if gamma else 0.0),
             caveats=tuple(caveats),
         )
 
@@ -53,6 +54,10 @@ class CostModel:
         return max(
             (self.predict(cell, gamma, view_tokens, alpha) for gamma in range(max_gamma + 1)), key=lambda p: p.speedup
         )
+
+    def _overhead_s(self, cell: Cell, gamma: int) -> float:
+        overhead = self.overhead if gamma else self.plain_overhead
+        return overhead.seconds(cell.batch, 1, 0) if overhead else 0.0
 
     def _kv_bytes(self, cell: Cell) -> float:
         return cell.batch * cell.length * self.kv_bytes_per_token

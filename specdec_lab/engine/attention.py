@@ -8,6 +8,7 @@ acceptance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,7 @@ class Reads:
     longest       max(committed) + C, a host integer
     uniform       all rows have equal committed length
     causal        the corner is a chain: every query sees all nodes before it
+    rows          [R] int32 sequences that still emit, where not all do: a back end may leave the others alone
     """
 
     committed: Tensor
@@ -59,6 +61,7 @@ class Reads:
     longest: int
     uniform: bool
     causal: bool = False
+    rows: Tensor | None = None
 
     @property
     def num_queries(self) -> int:
@@ -99,20 +102,32 @@ class Reads:
         return seen
 
 
-def chain_reads(committed: Tensor, length: int, view: KvView, longest_committed: int, uniform: bool) -> Reads:
-    """Reads of `length` tokens appended in causal order: a verify of a chain, or a chunk of a prompt."""
-    device = committed.device
+@lru_cache(maxsize=512)
+def _chain(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lower-triangular corner and node numbers of a chain: every round asks for them again."""
     order = torch.arange(length, device=device)
-    corner = order[:, None] >= order[None, :]
-    return Reads(committed, corner, order, order, view, longest_committed + length, uniform, causal=True)
+    return order[:, None] >= order[None, :], order
 
 
-def draft_step_reads(committed: Tensor, step: int, view: KvView, longest_committed: int, uniform: bool) -> Reads:
+def chain_order(length: int, device: torch.device) -> Tensor:
+    """0, 1, ... length - 1, always the same tensor."""
+    return _chain(length, device)[1]
+
+
+def chain_reads(
+    committed: Tensor, length: int, view: KvView, longest_committed: int, uniform: bool, rows: Tensor | None = None
+) -> Reads:
+    """Reads of `length` tokens appended in causal order: a verify of a chain, or a chunk of a prompt."""
+    corner, order = _chain(length, committed.device)
+    return Reads(committed, corner, order, order, view, longest_committed + length, uniform, True, rows)
+
+
+def draft_step_reads(
+    committed: Tensor, step: int, view: KvView, longest_committed: int, uniform: bool, rows: Tensor | None = None
+) -> Reads:
     """Reads of the draft token at depth `step` of a chain, which attends to its `step` predecessors too."""
-    device = committed.device
-    order = torch.arange(step + 1, device=device)
-    corner = torch.ones(1, step + 1, dtype=torch.bool, device=device)
-    return Reads(committed, corner, order, order[-1:], view, longest_committed + step + 1, uniform, causal=True)
+    corner, order = _chain(step + 1, committed.device)
+    return Reads(committed, corner[-1:], order, order[-1:], view, longest_committed + step + 1, uniform, True, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,17 +242,18 @@ class SdpaBackend:
         else:
             k, v = (part[:, :, : plan.longest] for part in cache.layer(layer))
         batch, queries, heads, dim = q.shape
-        group = heads // k.shape[1]
+        group, given = heads // k.shape[1], q.dtype
+        q = q.to(k.dtype)
         if plan.causal:
             out = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=group > 1
             )
-            return out.transpose(1, 2)
+            return out.transpose(1, 2).to(given)
         # [B, T, Hkv, G, D] -> [B, Hkv, G*T, D]: a KV row is read once for all its query heads
         folded = q.view(batch, queries, heads // group, group, dim).permute(0, 2, 3, 1, 4)
         folded = folded.reshape(batch, heads // group, group * queries, dim)
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=plan.mask, scale=scale)
-        return out.view(batch, heads // group, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        return out.view(batch, heads // group, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(q.shape).to(given)
 
 
 def _additive(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
-"""The sequences of a run, and reading their committed text into a model's cache.
+"""The sequences of a run, and exact counts of what forwards over them read and compute.
 
-Not known here: who drafts, what is accepted.
+Not known here: models, who drafts, what is accepted.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import torch
 from torch import Tensor
 
 from ..records import KvView
-from .attention import AttentionBackend, chain_reads
-from .cache import KvCache
-from .clocks import Clock, Phase
-from .models.runner import Runner
+from .attention import chain_order
 from .sampling import Noise, Processor
-
-PREFILL_CHUNK = 512  # tokens of each row per forward
 
 
 @dataclass(slots=True)
 class Batch:
     """The sequences of a run. Row b's text is ids[b, :lengths[b]]; its last token is the root, not yet in the cache.
 
-    ids      [B, capacity] int64; lengths [B] int64; live [B] bool
+    ids        [B, capacity] int64; lengths [B] int64
+    live_rows  [R] int32 rows that still emit, None while all do
     host_lengths, host_live  the same on the host, to plan without reading the device
     """
 
@@ -35,11 +31,29 @@ class Batch:
     noise: Noise
     processor: Processor
     verifier: str
+    live_rows: Tensor | None = None
 
-    @property
-    def roots(self) -> Tensor:
-        """[B] the last emitted tokens."""
-        return self.ids.gather(1, self.lengths[:, None] - 1)[:, 0]
+    def set_live(self, live: list[bool]) -> None:
+        """Which rows still emit."""
+        self.host_live = live
+        rows = [row for row, is_live in enumerate(live) if is_live]
+        self.live_rows = None if len(rows) == len(live) else torch.tensor(rows, dtype=torch.int32, device=self.ids.device)
+
+    def last_tokens(self, count: int) -> Tensor:
+        """[B, count] the end of every row's text; its last token is the root."""
+        at = self.lengths[:, None] - 1
+        return self.ids.gather(1, at if count == 1 else at + torch.arange(1 - count, 1, device=at.device))
+
+    def write(self, tokens: Tensor) -> None:
+        """Put tokens [B, N] behind every row's text; which of them count is for the caller to say."""
+        at = self.lengths[:, None] + chain_order(tokens.shape[1], tokens.device)
+        self.ids.scatter_(1, at, tokens)
+
+    def lengths_of(self, rows: Tensor | None) -> list[int]:
+        """Lengths of the rows that are computed: all, or those that still emit."""
+        if rows is None:
+            return self.host_lengths
+        return [length for length, live in zip(self.host_lengths, self.host_live, strict=True) if live]
 
     @property
     def longest_committed(self) -> int:
@@ -54,13 +68,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What one forward read and computed over all rows, exactly: integers, from the lengths that it used.
+    """What one forward read and computed, exactly: integers, from the lengths that it used.
 
+    rows     sequences that were computed
     queries  tokens per row, padding included
     keys     KV rows per head, each counted once however many queries read it
     pairs    query-key pairs
     """
 
+    rows: int
     queries: int
     keys: int
     pairs: int
@@ -76,33 +92,4 @@ def count_forward(committed: list[int], queries: int, view: KvView, before: int 
         pairs += whole * first + whole * (whole + 1) // 2 + (queries - whole) * (most or 0)
         seen = first + queries
         keys += seen if most is None else min(seen, most + queries - 1)
-    return Forward(queries, keys, pairs)
-
-
-def read_committed(
-    runner: Runner, cache: KvCache, backend: AttentionBackend, batch: Batch, known: list[int], view: KvView, clock: Clock,
-    phases: tuple[Phase, Phase],
-) -> tuple[list[int], tuple[Forward, ...]]:
-    """Read every row's text between known[b] and its root into `cache`, in chunks, attending through `view`.
-
-    Rows that lag less than others are padded; padding goes to the scratch slot.
-    returns  the new known lengths, and the forwards made
-    """
-    goal = [n - 1 for n in batch.host_lengths]
-    device, forwards = cache.committed.device, []
-    while known != goal:
-        lags = [g - k for g, k in zip(goal, known, strict=True)]
-        # a finished row near the end of the cache is padded too, and must not be padded beyond it
-        width = min(max(lags), PREFILL_CHUNK, cache.capacity - max(known))
-        cache.committed = torch.tensor(known, device=device)
-        takes = torch.tensor([min(lag, width) for lag in lags], device=device)
-        order = torch.arange(width, device=device)
-        at = (cache.committed[:, None] + order).clamp(max=batch.ids.shape[1] - 1)
-        reads = chain_reads(cache.committed, width, view, max(known), min(known) == max(known))
-        clock.forward(*phases)
-        runner.forward(batch.ids.gather(1, at), reads, cache, backend, clock, None, order >= takes[:, None])
-        clock.enter(Phase.HOST)
-        forwards.append(count_forward(known, width, view))
-        known = [k + min(lag, width) for k, lag in zip(known, lags, strict=True)]
-    cache.committed = torch.tensor(goal, device=device)
-    return known, tuple(forwards)
+    return Forward(len(committed), queries, keys, pairs)

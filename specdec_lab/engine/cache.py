@@ -6,6 +6,8 @@ the forward that wrote them. The last slot is scratch for padding tokens. Not kn
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,7 @@ class KvCache:
         rows = torch.arange(2 * batch * kv_heads, device=device) * slots
         self._row_starts = rows.view(2, batch, kv_heads, 1)
         self._flat = self.kv.view(layers, -1, head_dim)
+        self.prepared: dict[Any, Any] = {}  # what a back end keeps with this cache: its calls and its workspace
 
     @property
     def scratch_slot(self) -> int:
@@ -75,7 +78,7 @@ class KvCache:
 
     def append(self, layer: int, kv: Tensor, index: Tensor) -> None:
         """Write kv [2, B, Hkv, T, D] of one layer at `index` (from write_index)."""
-        self._flat[layer].index_copy_(0, index, kv.reshape(-1, self.head_dim))
+        self._flat[layer].index_copy_(0, index, kv.reshape(-1, self.head_dim).to(self.kv.dtype))
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of K and V at slots [B, N], each [B, Hkv, N, D]."""

@@ -49,6 +49,9 @@ class Clock(Protocol):
     def linear(self) -> None:
         """The forward leaves attention."""
 
+    def attended(self, ns: int) -> None:
+        """Of the time since the forward started, `ns` were attention, as a kernel that ran all of it measured."""
+
     def pause(self) -> None:
         """The consumer of the stream runs now; its time belongs to nobody."""
 
@@ -86,6 +89,13 @@ class PhaseClock:
     def linear(self) -> None:
         self.enter(self._linear)
 
+    def attended(self, ns: int) -> None:
+        moment = self._now()
+        # two readings of one clock: the kernel's interval lies inside ours but for their resolution
+        attention = min(ns, moment - self._since)
+        self._spent[self._attention] += attention
+        self._since += attention
+
     def pause(self) -> None:
         self.enter(Phase.HOST)
         self._cpu_spent += self._cpu_now() - self._cpu_since
@@ -113,6 +123,9 @@ class CoarseClock(PhaseClock):
         pass
 
     def linear(self) -> None:
+        pass
+
+    def attended(self, ns: int) -> None:
         pass
 
     def enter(self, phase: Phase) -> None:

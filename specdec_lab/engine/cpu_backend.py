@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.build import load_library
 from specdec_kernels.tree_attention import cpu
-from specdec_kernels.tree_attention.build import load_library
 
 from .attention import Need, Promises, Reads, SdpaBackend
 from .cache import KvCache
@@ -25,7 +25,7 @@ class CpuPlan:
     """A kernel call without its tensors of the layer, and the tensors it points to, which must outlive it."""
 
     call: cpu.Call
-    kept: tuple[Tensor, ...]
+    kept: tuple[Tensor | None, ...]
 
 
 class CpuBackend:
@@ -36,7 +36,6 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self._prompts = SdpaBackend()
-        self._corners: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def why_not(self, need: Need) -> str | None:
         """None = usable, else the reason in one sentence."""
@@ -50,33 +49,37 @@ class CpuBackend:
         """A CpuPlan for rounds, sdpa's plan for prompt chunks."""
         if reads.num_queries > cpu.MAX_QUERIES or reads.corner.shape[1] > cpu.MAX_NODES:
             return self._prompts.plan(reads, cache, group, sliding)
-        bits, depths, nodes = self._corner(reads)
-        committed = reads.committed.contiguous()
+        template, corner = self._template(reads, cache, group)
+        call = cpu.Call.from_buffer_copy(template)
+        committed, rows = reads.committed.contiguous(), reads.rows
+        call.committed, call.threads = committed.data_ptr(), torch.get_num_threads()
+        if rows is not None:
+            call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
+        library, here = load_library(), ctypes.byref(call)
+        cpu.check_code(library.tree_attention_check(here), call)
+        workspace = _workspace(cache, library.tree_attention_workspace(here))
+        call.workspace = workspace.data_ptr()
+        return CpuPlan(call, (committed, rows, workspace, *corner))
+
+    def _template(self, reads: Reads, cache: KvCache, group: int) -> tuple[cpu.Call, tuple[Tensor, ...]]:
+        """What a call over this cache holds whatever the lengths are; that of a chain is made once per cache."""
+        view = reads.view
+        key = (reads.num_queries, reads.corner.shape[1], view, group)
+        if reads.causal and key in cache.prepared:
+            found: tuple[cpu.Call, tuple[Tensor, ...]] = cache.prepared[key]
+            return found
+        corner = cpu.corner_bits(reads.corner), reads.node_depths.to(torch.int32), reads.query_nodes.to(torch.int32)
         call = cpu.Call()
-        call.committed, call.corner = committed.data_ptr(), bits.data_ptr()
-        call.node_depth, call.query_node = depths.data_ptr(), nodes.data_ptr()
+        call.corner, call.node_depth, call.query_node = (part.data_ptr() for part in corner)
         call.batch, call.kv_heads, call.dim = cache.batch, cache.kv_heads, cache.head_dim
         call.queries, call.heads, call.nodes = reads.num_queries, cache.kv_heads * group, reads.corner.shape[1]
         _, _, call.kv_batch, call.kv_head, call.kv_slot, _ = cache.kv.stride()
-        call.slots = cache.slots
-        if reads.view.kind == "window":
-            call.sink, call.recent = reads.view.sink, reads.view.recent
-        call.bf16, call.threads = int(cache.kv.dtype == torch.bfloat16), torch.get_num_threads()
-        library = load_library()
-        cpu.check_code(library.tree_attention_check(ctypes.byref(call)), call)
-        workspace = cpu.aligned(library.tree_attention_workspace(ctypes.byref(call)))
-        call.workspace = workspace.data_ptr()
-        return CpuPlan(call, (committed, bits, depths, nodes, workspace))
-
-    def _corner(self, reads: Reads) -> tuple[Tensor, Tensor, Tensor]:
-        """Corner bits, depths and query nodes; those of chains are made once, since every round asks for them."""
-        key = (reads.num_queries, reads.corner.shape[1])
-        if reads.causal and key in self._corners:
-            return self._corners[key]
-        made = (cpu.corner_bits(reads.corner), reads.node_depths.to(torch.int32), reads.query_nodes.to(torch.int32))
+        call.slots, call.bf16 = cache.slots, int(cache.kv.dtype == torch.bfloat16)
+        if view.kind == "window":
+            call.sink, call.recent = view.sink, view.recent
         if reads.causal:
-            self._corners[key] = made
-        return made
+            cache.prepared[key] = call, corner
+        return call, corner
 
     def attend(self, q: Tensor, cache: KvCache, layer: int, plan: Any, scale: float) -> Tensor:
         """See AttentionBackend.attend."""
@@ -84,7 +87,7 @@ class CpuBackend:
             return self._prompts.attend(q, cache, layer, plan, scale)
         call = plan.call
         queries = q if q.dtype == torch.float32 else q.float()
-        out = torch.empty(q.shape, dtype=torch.float32)
+        out = torch.empty(q.shape, dtype=torch.float32) if call.num_rows == 0 else torch.zeros(q.shape)
         k, v = cache.layer(layer)
         call.q, call.k, call.v, call.out = queries.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         call.q_batch, call.q_query, call.q_head, _ = queries.stride()
@@ -92,3 +95,11 @@ class CpuBackend:
         call.scale = scale
         cpu.check_code(load_library().tree_attention(ctypes.byref(call)), call)
         return out.to(q.dtype)
+
+
+def _workspace(cache: KvCache, floats: int) -> Tensor:
+    """Memory for partial results that stays with the cache and grows with its contexts."""
+    workspace: Tensor | None = cache.prepared.get("workspace")
+    if workspace is None or workspace.numel() < floats:
+        workspace = cache.prepared["workspace"] = cpu.aligned(floats + floats // 4)
+    return workspace

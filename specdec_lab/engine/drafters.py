@@ -12,11 +12,10 @@ from typing import Protocol
 import torch
 
 from ..records import SpecConfig
-from .attention import AttentionBackend, chain_reads, draft_step_reads
-from .batch import Batch, Forward, count_forward, read_committed
-from .cache import KvCache
+from .attention import chain_reads, draft_step_reads
+from .batch import Batch, Forward, count_forward
 from .clocks import Clock, Phase
-from .models.runner import Runner
+from .network import DRAFT, Network
 from .verify import Proposal, choose_draft
 
 NGRAM_SIZES = (4, 3, 2)  # longest match first
@@ -24,9 +23,10 @@ NGRAM_SIZES = (4, 3, 2)  # longest match first
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """What a proposal cost: its draft forwards."""
+    """What a proposal cost: its draft forwards, and the threads that ran them."""
 
     forwards: tuple[Forward, ...] = ()
+    threads: int = 0
 
 
 class Drafter(Protocol):
@@ -36,61 +36,54 @@ class Drafter(Protocol):
         """At most config.tree.depth tokens per row."""
 
 
-def _draft_chain(
-    runner: Runner, cache: KvCache, backend: AttentionBackend, batch: Batch, config: SpecConfig, clock: Clock, lag: int = 0
-) -> tuple[Proposal, DraftCost]:
+def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 0) -> tuple[Proposal, DraftCost]:
     """Draft token by token, each step attending through the view.
 
     The cache holds everything before the root but the last `lag` (0 or 1) tokens, which the first step takes in with it.
     """
     assert config.view is not None
-    committed, tokens, laws, cost = cache.committed, [], [], []
-    host_committed = [length - 1 for length in batch.host_lengths]
-    fed = batch.ids.gather(1, batch.lengths[:, None] - 1 - lag + torch.arange(lag + 1, device=committed.device))
-    reads = chain_reads(committed - lag, lag + 1, config.view, batch.longest_committed - lag, batch.uniform)
+    view, clock, rows = config.view, network.clock, network.rows(batch)
+    committed, longest, tokens, laws, cost = network.cache.committed, batch.longest_committed, [], [], []
+    computed = [length - 1 for length in batch.lengths_of(rows)]
+    fed = batch.last_tokens(lag + 1)
+    reads = chain_reads(committed - lag if lag else committed, lag + 1, view, longest - lag, batch.uniform, rows)
     for step in range(config.depth):
         if step:
-            reads = draft_step_reads(committed, step, config.view, batch.longest_committed, batch.uniform)
-        width = fed.shape[1]
-        clock.forward(Phase.DRAFT_LINEAR, Phase.DRAFT_ATTENTION)
-        logits = runner.forward(fed, reads, cache, backend, clock, torch.tensor([width - 1], device=committed.device))
+            reads = draft_step_reads(committed, step, view, longest, batch.uniform, rows)
+        scores = network.score(fed, reads, 1, DRAFT)
         clock.enter(Phase.DRAFT_OTHER)
-        token, law = choose_draft(logits[:, 0], committed + step + 1, batch.processor, batch.verifier, batch.noise)
+        token, drawn_from = choose_draft(scores, committed + step + 1, batch.processor, batch.verifier, batch.noise)
         tokens.append(token)
-        if law is not None:
-            laws.append(law)
-        cost.append(count_forward(host_committed if step else [n - lag for n in host_committed], width, config.view, step))
+        if drawn_from is not None:
+            laws.append(drawn_from)
+        cost.append(count_forward(computed if step else [n - lag for n in computed], fed.shape[1], view, step))
         fed = token[:, None]
-    counts = torch.full_like(committed, config.depth)
-    proposal = Proposal(torch.stack(tokens, 1), counts, torch.stack(laws, 1) if laws else None)
-    return proposal, DraftCost(tuple(cost))
+    counts, law = torch.full_like(committed, config.depth), torch.stack(laws, 1) if laws else None
+    proposal = Proposal(torch.stack(tokens, 1), counts, law)
+    return proposal, DraftCost(tuple(cost), network.used_threads)
 
 
 @dataclass(slots=True)
 class SelfDrafter:
     """The target itself, reading its own KV through a view: no second cache, no copy (MagicDec 2024, our design)."""
 
-    runner: Runner
-    cache: KvCache
-    backend: AttentionBackend
+    network: Network
 
     def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
         """See Drafter.propose."""
         clock.enter(Phase.DRAFT_OTHER)
-        return _draft_chain(self.runner, self.cache, self.backend, batch, config, clock)
+        return _draft_chain(self.network, batch, config)
 
 
 @dataclass(slots=True)
 class ModelDrafter:
     """A second, smaller network with its own cache of the same slots."""
 
-    runner: Runner
-    cache: KvCache
-    backend: AttentionBackend
+    network: Network
     _known: list[int] = field(default_factory=list)  # committed draft KV per row, on the host
 
     def __post_init__(self) -> None:
-        self._known = [0] * self.cache.batch
+        self._known = [0] * self.network.cache.batch
 
     def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
         """See Drafter.propose. First takes in what was committed since the last call."""
@@ -98,11 +91,11 @@ class ModelDrafter:
         # after a fully accepted round the last drafted token is missing: it travels with the root
         lag = self.lag(batch) if min(batch.host_lengths) > 1 else 0
         caught_up = self.catch_up(batch, config, clock) if lag != 1 else DraftCost()
-        self.cache.committed = batch.lengths - 1
-        proposal, cost = _draft_chain(self.runner, self.cache, self.backend, batch, config, clock, int(lag == 1))
+        self.network.cache.committed = batch.lengths - 1
+        proposal, cost = _draft_chain(self.network, batch, config, int(lag == 1))
         # verify may accept what was drafted: its KV (all but the last draft's) is then already here
         self._known = [length - 1 + config.depth for length in batch.host_lengths]
-        return proposal, DraftCost(caught_up.forwards + cost.forwards)
+        return proposal, DraftCost(caught_up.forwards + cost.forwards, cost.threads)
 
     def rewind(self, batch: Batch) -> None:
         """Forget KV beyond each row's committed length. The loop calls this after every round and every rewind."""
@@ -115,10 +108,7 @@ class ModelDrafter:
     def catch_up(self, batch: Batch, config: SpecConfig, clock: Clock) -> DraftCost:
         """Read committed tokens up to the root."""
         assert config.view is not None
-        self._known, forwards = read_committed(
-            self.runner, self.cache, self.backend, batch, self._known, config.view, clock,
-            (Phase.DRAFT_LINEAR, Phase.DRAFT_ATTENTION),
-        )
+        self._known, forwards = self.network.read(batch, self._known, config.view, DRAFT)
         clock.enter(Phase.DRAFT_OTHER)
         return DraftCost(forwards)
 

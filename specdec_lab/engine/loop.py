@@ -19,14 +19,17 @@ from ..records import Cell, Identity, Run, RunHeader, SpecConfig, StepRecord, Su
 from ..stream import Stream, record
 from ..summary import summarize
 from ..workload import Workload
+from .attention import AttentionBackend
 from .backends import pick
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .models.loading import ModelPair
 from .models.runner import Runner
 from .session import Session
+from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
+PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
 
 
@@ -67,6 +70,7 @@ class Engine:
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
         self._clock = clock
         self._versions = machine.versions()
+        self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:
@@ -83,7 +87,7 @@ class Engine:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
         clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
-        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings)
+        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         return OpenSession(self, session, workload, clock)
 
     def generate(
@@ -111,14 +115,16 @@ class Engine:
         cuda = torch.cuda.get_device_name() if target.device.type == "cuda" else None
         device = machine.device_name(cuda, threads)
         base = {
-            "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype), "runner": target.kind,
+            "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype),
+            "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
             "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
         }
         if self.pair.draft:
-            drafters["model"] = {"kind": "model", "draft": self.pair.draft.fingerprint, "dtype": str(self.pair.draft.dtype)}
+            drafters["model"] = {"kind": "model", "draft": self.pair.draft.fingerprint, "dtype": str(self.pair.draft.dtype),
+                                 "kv_dtype": str(self.pair.draft.kv_dtype)}
         return Identity(device, base, drafters, {"torch": torch.__version__})
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -145,7 +151,7 @@ class Engine:
         """What a reader of the numbers must know."""
         labels = list(workload.labels)
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
-        kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.dtype.itemsize)
+        kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:
             labels.append("KV fits in cache")
         if workload.max_tokens > self.pair.target.max_length:
@@ -158,10 +164,11 @@ class Engine:
         return RunHeader(
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
-            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target),
-            draft=_facts(self.pair.draft) if self.pair.draft else None, backend=self.backend.name, refused=self.refused,
+            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend),
+            draft=_facts(self.pair.draft, self._draft_backend) if self.pair.draft and self._draft_backend else None,
+            backend=self.backend.name, refused=self.refused,
             machine={
-                **machine.facts(), "device": self.identity().device, "threads": torch.get_num_threads(),
+                **machine.facts(), "device": self.identity().device, "threads": self.threads.most,
                 "torch_device": str(device),
             },
             versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
@@ -194,6 +201,7 @@ class OpenSession:
 
     def _rounds(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         session, clock = self._session, self._clock
+        self._engine.threads.forget_old()
         observe = getattr(chooser, "observe", None)
         if self._used:
             session.rewind()
@@ -245,11 +253,13 @@ def _spelling(choose: Any) -> str:
     return "policy" if hasattr(choose, "chooser") else "function"
 
 
-def _facts(runner: Runner) -> dict[str, Any]:
-    element = runner.dtype.itemsize
+def _facts(runner: Runner, backend: AttentionBackend) -> dict[str, Any]:
+    reason = runner.why_not_compiled(backend)
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
-        "dtype": str(runner.dtype).removeprefix("torch."),
-        "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(element),
-        "kv_bytes_per_token": runner.shape.kv_bytes_per_token(element), "max_length": runner.max_length,
+        "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
+        "rounds": "one compiled call" if reason is None else f"layer by layer: {reason}",
+        "prompts": PROMPTS.get(backend.name, backend.name),
+        "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
+        "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,
     }

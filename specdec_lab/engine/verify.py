@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention import chain_order
+from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw, gumbel_argmax
 
 
@@ -39,9 +41,11 @@ class Decision:
 def accept_equal(proposal: Proposal, target: Tensor) -> Decision:
     """Accept drafts as long as they equal the target's own choices [B, N+1]; emit those choices."""
     num_drafted = proposal.tokens.shape[1]
-    order = torch.arange(num_drafted, device=target.device)
+    if num_drafted == 0:
+        return Decision(proposal.counts, target)
+    order = chain_order(num_drafted, target.device)
     equal = (proposal.tokens == target[:, :num_drafted]) & (order < proposal.counts[:, None])
-    return Decision(equal.long().cumprod(1).sum(1), target)
+    return Decision(equal.cumprod(1).sum(1), target)
 
 
 def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, residual_u: Tensor) -> Decision:
@@ -75,17 +79,17 @@ def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, r
 
 
 def decide(
-    proposal: Proposal, logits: Tensor, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
+    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
 ) -> Decision:
-    """Accept a path of `proposal` given the target's logits [B, N+1, V] at root and drafts.
+    """Accept a path of `proposal` given the target's scores [B, N+1] at root and drafts.
 
     first_position  [B] position of the first token that this round decides
     """
     if processor.is_greedy:
-        return accept_equal(proposal, logits.argmax(-1))
-    law = processor.law(logits)
+        return accept_equal(proposal, scores.best)
+    law = processor.law(scores.logits)
     num_drafted = proposal.tokens.shape[1]
-    positions = first_position[:, None] + torch.arange(num_drafted + 1, device=logits.device)
+    positions = first_position[:, None] + torch.arange(num_drafted + 1, device=law.device)
     if verifier == "coupled" or num_drafted == 0:  # plain sampling is what a coupled run must equal
         return accept_equal(proposal, gumbel_argmax(law, noise.gumbel(positions, law.shape[-1], Purpose.TARGET)))
     return accept_rejection(
@@ -94,12 +98,12 @@ def decide(
 
 
 def choose_draft(
-    logits: Tensor, position: Tensor, processor: Processor, verifier: str, noise: Noise
+    scores: Scores, position: Tensor, processor: Processor, verifier: str, noise: Noise
 ) -> tuple[Tensor, Tensor | None]:
-    """The drafted token [B] at position [B] for draft logits [B, V], and the law it was drawn from (rejection only)."""
+    """The drafted token [B] at position [B] for draft scores [B, 1], and the law it was drawn from (rejection only)."""
     if processor.is_greedy:
-        return logits.argmax(-1), None
-    law = processor.law(logits)
+        return scores.best[:, 0], None
+    law = processor.law(scores.logits[:, 0])
     if verifier == "coupled":
         shared = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)[:, 0]
         return gumbel_argmax(law, shared), None

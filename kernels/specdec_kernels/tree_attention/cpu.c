@@ -43,10 +43,11 @@ typedef struct {
     const int32_t *node_depth; /* [nodes] */
     const int32_t *query_node; /* [queries] */
     const int32_t *index; /* [batch, kv_heads, index_len] committed slots, sorted, or NULL */
+    const int32_t *rows; /* [num_rows] the sequences to attend for, the others are left alone; NULL: all */
     float *workspace; /* from tree_attention_workspace */
     int64_t q_batch, q_query, q_head, kv_batch, kv_head, kv_slot, out_batch, out_query, out_head;
     int64_t slots, sink, recent, index_len; /* recent = 0: full view; with an index, sink is ignored */
-    int32_t batch, queries, heads, kv_heads, dim, nodes, bf16, threads;
+    int32_t batch, queries, heads, kv_heads, dim, nodes, bf16, threads, num_rows;
     float scale;
 } Call;
 
@@ -388,7 +389,10 @@ static int64_t chunks_of(const Call *c, int b) {
     return total <= CHUNK ? 1 : (total + CHUNK - 1) / CHUNK;
 }
 
-/* 0, or why the call must not touch memory: 1 shape, 2 dim, 3 queries, 4 nodes, 5 threads; 1000 + b: row b beyond its slots. */
+static int row_count(const Call *c) { return c->rows ? c->num_rows : c->batch; }
+
+/* 0, or why the call must not touch memory: 1 shape, 2 dim, 3 queries, 4 nodes, 5 threads, 7 rows; 1000 + b: row b beyond
+ * its slots. */
 int tree_attention_check(const Call *c) {
     if (c->batch < 1 || c->heads < 1 || c->kv_heads < 1 || c->heads % c->kv_heads) return 1;
     if (c->dim < W || c->dim > MAX_DIM || c->dim % W) return 2;
@@ -397,6 +401,8 @@ int tree_attention_check(const Call *c) {
     if (c->threads < 1) return 5;
     for (int t = 0; t < c->queries; t++)
         if (c->query_node[t] < 0 || c->query_node[t] >= c->nodes) return 4;
+    for (int i = 0; c->rows && i < c->num_rows; i++)
+        if (c->rows[i] < 0 || c->rows[i] >= c->batch) return 7;
     for (int b = 0; b < c->batch; b++) {
         if (c->committed[b] < 0 || c->committed[b] + c->nodes > c->slots) return 1000 + b;
         if (!c->index) continue;
@@ -408,38 +414,48 @@ int tree_attention_check(const Call *c) {
     return 0;
 }
 
-/* Floats of workspace that the call needs. */
-int64_t tree_attention_workspace(const Call *c) {
+static int64_t most_chunks(const Call *c) {
     int64_t most = 1;
-    for (int b = 0; b < c->batch; b++) most = chunks_of(c, b) > most ? chunks_of(c, b) : most;
-    return c->batch * c->kv_heads * most * row_floats(c);
+    for (int i = 0; i < row_count(c); i++) {
+        int64_t chunks = chunks_of(c, c->rows ? c->rows[i] : i);
+        most = chunks > most ? chunks : most;
+    }
+    return most;
 }
+
+/* Floats of workspace that the call needs. */
+int64_t tree_attention_workspace(const Call *c) { return (int64_t)c->batch * c->kv_heads * most_chunks(c) * row_floats(c); }
 
 int tree_attention_width(void) { return W; }
 
-int tree_attention(const Call *c) {
-    int wrong = tree_attention_check(c);
-    if (wrong) return wrong;
-    BlockFn block = block_function(c);
-    int64_t most = 1;
-    for (int b = 0; b < c->batch; b++) most = chunks_of(c, b) > most ? chunks_of(c, b) : most;
-    int64_t tasks = (int64_t)c->batch * c->kv_heads * most, size = row_floats(c);
-    if (c->workspace == NULL) return 6;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(c->threads) if (c->threads > 1)
-    for (int64_t task = 0; task < tasks; task++) {
-        int b = (int)(task / (c->kv_heads * most)), h = (int)(task / most % c->kv_heads);
-        int64_t i = task % most, chunks = chunks_of(c, b), begin = i * CHUNK, total = keys_of(c, b).total;
-        if (i >= chunks) continue;
+/* Every thread of a team calls this; it ends with a barrier. Also right outside of any team. */
+static void attend_together(const Call *c, BlockFn block, int64_t most) {
+    int64_t pairs = (int64_t)row_count(c) * c->kv_heads, size = row_floats(c);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < pairs * most; task++) {
+        int i = (int)(task / most / c->kv_heads), b = c->rows ? c->rows[i] : i, h = (int)(task / most % c->kv_heads);
+        int64_t piece = task % most, chunks = chunks_of(c, b), begin = piece * CHUNK, total = keys_of(c, b).total;
+        if (piece >= chunks) continue;
         float *part = c->workspace + task * size;
         chunk(c, block, b, h, begin, begin + CHUNK < total ? begin + CHUNK : total, part);
         if (chunks == 1) merge(c, b, h, 1, part);
     }
     if (most > 1) {
-#pragma omp parallel for schedule(static) num_threads(c->threads) if (c->threads > 1)
-        for (int64_t pair = 0; pair < (int64_t)c->batch * c->kv_heads; pair++) {
-            int b = (int)(pair / c->kv_heads), h = (int)(pair % c->kv_heads);
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            int i = (int)(pair / c->kv_heads), b = c->rows ? c->rows[i] : i, h = (int)(pair % c->kv_heads);
             if (chunks_of(c, b) > 1) merge(c, b, h, chunks_of(c, b), c->workspace + pair * most * size);
         }
     }
+}
+
+int tree_attention(const Call *c) {
+    int wrong = tree_attention_check(c);
+    if (wrong) return wrong;
+    if (c->workspace == NULL) return 6;
+    BlockFn block = block_function(c);
+    int64_t most = most_chunks(c);
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    attend_together(c, block, most);
     return 0;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import CannotBuild, load_library
+from ..build import CannotBuild, load_library
 
 MAX_QUERIES = MAX_NODES = 64
 MAX_DIM = 256
@@ -20,10 +20,10 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         [(n, _P) for n in ("q", "k", "v", "out", "lse", "committed", "corner", "node_depth", "query_node", "index",
-                           "workspace")]
+                           "rows", "workspace")]
         + [(n, _I64) for n in ("q_batch", "q_query", "q_head", "kv_batch", "kv_head", "kv_slot", "out_batch", "out_query",
                                "out_head", "slots", "sink", "recent", "index_len")]
-        + [(n, _I32) for n in ("batch", "queries", "heads", "kv_heads", "dim", "nodes", "bf16", "threads")]
+        + [(n, _I32) for n in ("batch", "queries", "heads", "kv_heads", "dim", "nodes", "bf16", "threads", "num_rows")]
         + [("scale", ctypes.c_float)]
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def check_code(code: int, call: Call) -> None:
         2: f"head size {call.dim} is not a multiple of the vector width, or above {MAX_DIM}",
         3: f"{call.queries} queries per sequence; 1 to {MAX_QUERIES} are possible",
         4: f"{call.nodes} corner nodes; 1 to {MAX_NODES} are possible, and every query must be one of them",
-        5: f"{call.threads} threads", 6: "the workspace is missing",
+        5: f"{call.threads} threads", 6: "the workspace is missing", 7: "a row to attend for is not in the batch",
     }
     beyond = f"row {code - 1000} has more committed tokens and nodes, or an index entry, than its {call.slots} slots hold"
     what = reasons.get(code, beyond)
@@ -84,11 +84,11 @@ def tree_attention(
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:3])
     call = Call(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), committed.data_ptr(), bits.data_ptr(),
-        depths.data_ptr(), nodes.data_ptr(), listed.data_ptr() if listed is not None else None, None,
+        depths.data_ptr(), nodes.data_ptr(), listed.data_ptr() if listed is not None else None, None, None,
         *q.stride()[:3], *k.stride()[:3], *out.stride()[:3],
         k.shape[2], sink, recent, listed.shape[2] if listed is not None else 0,
         q.shape[0], q.shape[1], q.shape[2], k.shape[1], q.shape[3], corner.shape[1], k.dtype == torch.bfloat16,
-        threads or torch.get_num_threads(), scale,
+        threads or torch.get_num_threads(), 0, scale,
     )  # fmt: skip
     check_code(library.tree_attention_check(ctypes.byref(call)), call)
     workspace = aligned(library.tree_attention_workspace(ctypes.byref(call)))
@@ -97,7 +97,8 @@ def tree_attention(
     return out, lse
 
 
-def aligned(floats: int) -> Tensor:
-    """float32 memory that starts at a multiple of 64 bytes."""
-    memory = torch.empty(floats + 16)
-    return memory[-memory.data_ptr() % 64 // 4 :]
+def aligned(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that starts at a multiple of 64 bytes."""
+    memory = torch.empty(elements + 64 // dtype.itemsize, dtype=dtype)
+    start = -memory.data_ptr() % 64 // dtype.itemsize
+    return memory[start : start + elements]

@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec_kernels.decoder import cpu as decoder
+from specdec_kernels.decoder.cpu import Decoder
+from specdec_kernels.decoder.reference import Block, Weights
+
 from ..attention import AttentionBackend, Need, Reads
-from ..cache import KvCache
+from ..cache import KvCache, available_bytes
 from ..clocks import Clock
-from .runner import shape_of, weights_fingerprint, write_slots
+from ..cpu_backend import CpuPlan
+from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -112,13 +117,14 @@ class FastLlama:
     kind = "fast"
 
     def __init__(
-        self, config: Any, weights: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype
+        self, config: Any, weights: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         reason = why_not(config)
         if reason is not None:
             raise ValueError(f"{reason}. Use runner='hf'.")
         check_tensors(config, weights)
-        self.name, self.dtype, self.device = name, dtype, device
+        self.name, self.dtype, self.kv_dtype, self.device = name, dtype, kv_dtype or dtype, device
         self.shape, self.max_length = shape_of(config), int(config.max_position_embeddings)
         self.fingerprint = weights_fingerprint(config.to_diff_dict(), weights.items())
         self._eps = float(config.rms_norm_eps)
@@ -129,6 +135,7 @@ class FastLlama:
         self._layers = [self._fuse(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self._cos, self._sin = self._rotary_table(config, self.max_length)
         self._config = config
+        self._decoder: Decoder | None = None
 
     def _fuse(self, weights: Mapping[str, Tensor], at: str) -> Layer:
         def get(name: str) -> Tensor | None:
@@ -161,23 +168,74 @@ class FastLlama:
 
     def need(self) -> Need:
         """Plain softmax attention with this head size and grouping."""
-        return Need(self.device.type, self.dtype, self.shape.head_dim, self.shape.heads // self.shape.kv_heads)
+        return Need(self.device.type, self.kv_dtype, self.shape.head_dim, self.shape.heads // self.shape.kv_heads)
 
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache; the rotary table grows with it when a run goes beyond the trained length."""
         s = self.shape
-        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
+        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
         if cache.slots > self._cos.shape[0]:
             self._cos, self._sin = self._rotary_table(self._config, cache.slots)
+            if self._decoder is not None:
+                self._decoder.set_positions(self._cos, self._sin)
         return cache
+
+    def why_not_compiled(self, backend: AttentionBackend) -> str | None:
+        """None if rounds over this back end run as one compiled call each, else the reason in words."""
+        if backend.name != "cpu":
+            return f"the {backend.name} back end attends layer by layer"
+        reason = decoder.why_not(self.dtype)
+        if reason is not None or self._decoder is not None:
+            return reason
+        needed, free = self.shape.weight_bytes(self.dtype.itemsize), available_bytes(self.device)
+        if free is not None and needed > free:
+            return f"its packed copy of the weights needs {needed:,} bytes, {free:,} are free"
+        return None
+
+    def _compiled(self, backend: AttentionBackend) -> Decoder | None:
+        """The compiled decoder, made when first asked for."""
+        if self._decoder is None and self.why_not_compiled(backend) is None:
+            s, blocks = self.shape, []
+            for layer in self._layers:
+                gate, up = layer.gate_up.chunk(2)
+                blocks.append(Block(
+                    layer.input_norm, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.out, layer.out_bias,
+                    layer.post_norm, gate, up, layer.down,
+                ))  # fmt: skip
+            self._decoder = Decoder(Weights(
+                tuple(blocks), self._embedding, self._head, self._norm, self._cos, self._sin, s.heads, s.kv_heads, s.head_dim,
+                self._eps,
+            ))  # fmt: skip
+        return self._decoder
 
     def forward(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,
         padding: Tensor | None = None,
-    ) -> Tensor:
-        """See Runner.forward."""
-        batch, queries = tokens.shape
+    ) -> Scores:
+        """See Runner.forward. Rounds over the `cpu` back end are one compiled call; prompts go layer by layer."""
         plan = backend.plan(reads, cache, self.shape.heads // self.shape.kv_heads)
+        if isinstance(plan, CpuPlan) and padding is None and keep is not None:
+            compiled = self._compiled(backend)
+            if compiled is not None:
+                return self._one_call(compiled, tokens, plan, cache, clock, keep)
+        return Scores(self._by_layer(tokens, reads, cache, backend, plan, clock, keep, padding))
+
+    def _one_call(
+        self, compiled: Decoder, tokens: Tensor, plan: CpuPlan, cache: KvCache, clock: Clock, keep: Tensor
+    ) -> Scores:
+        call = plan.call
+        empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
+        logits = empty(tokens.shape[0], keep.shape[0], self.shape.vocab)
+        best = empty(logits.shape[:2], dtype=torch.int64)
+        call.k, call.v, call.scale = cache.kv.data_ptr(), cache.kv[0, 1].data_ptr(), self._scale
+        clock.attended(compiled.forward(tokens.contiguous(), call, cache.kv.stride(0), keep.to(torch.int32), logits, best))
+        return Scores(logits, best)
+
+    def _by_layer(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, plan: Any, clock: Clock,
+        keep: Tensor | None, padding: Tensor | None,
+    ) -> Tensor:
+        batch, queries = tokens.shape
         index = write_slots(reads, cache, padding)
         positions = reads.positions
         cos = self._cos[positions][:, :, None].to(self.dtype)  # [B, T, 1, D/2]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .runner import shape_of, weights_fingerprint, write_slots
+from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 INTERFACE = "specdec_lab"
 
@@ -73,7 +73,7 @@ class HFRunner:
 
     kind = "hf"
 
-    def __init__(self, model: Any, *, name: str) -> None:
+    def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(INTERFACE, _attention)
@@ -94,6 +94,7 @@ class HFRunner:
         self.shape = shape_of(config)
         first = next(model.parameters())
         self.dtype, self.device = first.dtype, first.device
+        self.kv_dtype = kv_dtype or first.dtype
         self.max_length = int(config.max_position_embeddings)
         self.fingerprint = weights_fingerprint(model.config.to_diff_dict(), model.state_dict().items())
         self._sliding = bool(getattr(config, "sliding_window", None))
@@ -101,17 +102,17 @@ class HFRunner:
     def need(self) -> Need:
         """Head size and grouping of the model, and whether it has sliding-window layers."""
         s = self.shape
-        return Need(self.device.type, self.dtype, s.head_dim, s.heads // s.kv_heads, sliding=self._sliding)
+        return Need(self.device.type, self.kv_dtype, s.head_dim, s.heads // s.kv_heads, sliding=self._sliding)
 
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache for this model."""
         s = self.shape
-        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
+        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
 
     def forward(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,
         padding: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Scores:
         """See Runner.forward."""
         batch, queries = tokens.shape
         context = ForwardContext(reads, cache, backend, clock, write_slots(reads, cache, padding))
@@ -122,4 +123,8 @@ class HFRunner:
             input_ids=tokens.reshape(1, -1), position_ids=reads.positions.reshape(1, -1), use_cache=False,
             logits_to_keep=kept[:1] if keep is None else kept, sd_ctx=context,
         ).logits
-        return out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1])
+        return Scores(out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1]))
+
+    def why_not_compiled(self, backend: AttentionBackend) -> str | None:
+        """Never: the forward is transformers' own."""
+        return "the hf runner calls transformers' modules"

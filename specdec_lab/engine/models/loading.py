@@ -47,18 +47,22 @@ class ModelPair:
 
 
 def load(
-    model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto"
+    model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto",
+    kv_dtype: str | torch.dtype = "auto",
 ) -> ModelPair:
     """The pair to speculate with.
 
     model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM
     dtype         auto: float32 on a CPU, the model's own elsewhere
+    kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
     raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner that cannot
     """
     if runner not in ("auto", "fast", "hf"):
         raise ValueError(f"runner must be auto, fast or hf, got {runner!r}")
-    place = _device(device)
+    place, cached = _device(device), None if kv_dtype == "auto" else _named_dtype(kv_dtype)
+    if cached is not None and not cached.is_floating_point:
+        raise ValueError(f"kv_dtype must be a floating type such as float32 or bfloat16, got {kv_dtype!r}")
     if isinstance(model, str) and model == "demo":
         if not (DEMO / "target" / "model.safetensors").exists():
             raise ModelNotFound("the shipped pair is missing from this installation; reinstall specdec_lab, or train it with "
@@ -66,10 +70,10 @@ def load(
         name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
-    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner)
+    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached)
     if draft is None:
         return ModelPair(name, target, None, tokenizer, eos_ids)
-    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner)
+    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached)
     _check_vocabularies(target, tokenizer, helper, draft_tokenizer)
     return ModelPair(name, target, helper, tokenizer, eos_ids)
 
@@ -87,11 +91,11 @@ def _device(name: str) -> torch.device:
 
 
 def _load_one(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None
 ) -> tuple[Runner, Any | None, tuple[int, ...]]:
     """A runner, its tokenizer if it has one, and its end-of-text ids."""
     if not isinstance(model, str | Path):
-        return _from_memory(model, device, dtype, runner)
+        return _from_memory(model, device, dtype, runner, kv_dtype)
     from transformers import AutoConfig, AutoTokenizer
 
     where = str(model)
@@ -110,9 +114,9 @@ def _load_one(
     name = DEMO_NAMES.get(Path(where)) or (Path(where).name if Path(where).exists() else where)
     loaded: Runner
     if runner == "hf" or reason:
-        loaded = HFRunner(_hf_model(where, chosen, device), name=name)
+        loaded = HFRunner(_hf_model(where, chosen, device), name=name, kv_dtype=kv_dtype)
     else:
-        loaded = FastLlama(config, read_weights(where), name=name, device=device, dtype=chosen)
+        loaded = FastLlama(config, read_weights(where), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
@@ -122,7 +126,7 @@ def _load_one(
 
 
 def _from_memory(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None
 ) -> tuple[Runner, None, tuple[int, ...]]:
     if not hasattr(model, "config") or not hasattr(model, "state_dict"):
         raise ModelNotFound(
@@ -135,20 +139,24 @@ def _from_memory(
     chosen = next(model.parameters()).dtype if dtype == "auto" else _dtype(dtype, model.config, device)
     loaded: Runner
     if runner == "hf" or reason:
-        loaded = HFRunner(model.to(device, chosen), name=name)
+        loaded = HFRunner(model.to(device, chosen), name=name, kv_dtype=kv_dtype)
     else:
-        loaded = FastLlama(model.config, model.state_dict(), name=name, device=device, dtype=chosen)
+        loaded = FastLlama(
+            model.config, model.state_dict(), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype
+        )
     return loaded, None, _eos(model.config)
 
 
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is not one that torch knows; use auto, float32 or bfloat16")
+    return found
+
+
 def _dtype(dtype: str | torch.dtype, config: Any, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is not one that torch knows; use auto, float32 or bfloat16")
-        return found
+        return _named_dtype(dtype)
     stored = getattr(config, "dtype", None)
     return torch.float32 if device.type == "cpu" or not isinstance(stored, torch.dtype) else stored
 

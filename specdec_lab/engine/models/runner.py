@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +21,30 @@ from ..cache import KvCache
 from ..clocks import Clock
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a forward says of the next tokens: logits [B, K, V], and their arg-max [B, K] where the forward made it too.
+
+    Rows that were left out (Reads.rows) hold anything.
+    """
+
+    logits: Tensor
+    made: Tensor | None = None
+
+    @property
+    def best(self) -> Tensor:
+        """[B, K] the most likely tokens."""
+        return self.logits.argmax(-1) if self.made is None else self.made
+
+
 class Runner(Protocol):
     """A causal language model over our cache."""
 
     kind: str  # "fast" or "hf"
     name: str
     shape: ModelShape
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
+    kv_dtype: torch.dtype
     device: torch.device
     max_length: int  # positions the model was made for
     fingerprint: str
@@ -40,11 +58,14 @@ class Runner(Protocol):
     def forward(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,
         padding: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Scores:
         """tokens [B, T] -> logits [B, K, V] at the query indices keep [K] (None: no logits, [B, 0, V]).
 
         Writes K/V of every token at its slot; tokens where padding [B, T] is True go to the scratch slot.
         """
+
+    def why_not_compiled(self, backend: AttentionBackend) -> str | None:
+        """None if rounds over this back end run as one compiled call each, else the reason in words."""
 
 
 def shape_of(config: Any) -> ModelShape:

@@ -1,4 +1,4 @@
-"""Compile cpu.c on first use, into a cache keyed by source, compiler and processor.
+"""Compile cpu.c, which includes every operation's, on first use into a cache keyed by source, compiler and processor.
 
 Two processes may compile at once: each writes a file of its own name and renames it. A cached file that does not load is
 compiled again.
@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
+PARTS = tuple(sorted(SOURCE.parent.glob("*/cpu.c")))
 # never -ffast-math: linking with it turns on flush-to-zero for the whole process, and voids the -inf and NaN guards
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 TARGETS = {"native": "-march=native", "avx2": "-march=x86-64-v3"}
@@ -37,7 +38,7 @@ def find_compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and shutil.which(name):
             return name
-    raise CannotBuild("there is no C compiler (looked for $CC, cc, gcc, clang); install gcc to use the compiled kernel")
+    raise CannotBuild("there is no C compiler (looked for $CC, cc, gcc, clang); install gcc to use the compiled kernels")
 
 
 def _processor() -> str:
@@ -56,7 +57,7 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
-        raise CannotBuild(f"{command[0]} cannot compile the attention kernel: {first}")
+        raise CannotBuild(f"{command[0]} cannot compile the CPU kernels: {first}")
     return done.stdout
 
 
@@ -64,8 +65,9 @@ def library_path(target: str, folder: Path | None = None) -> Path:
     """The cached library for this source, compiler, flags and processor, whether it exists or not."""
     compiler = find_compiler()
     version = _run([compiler, "--version"]).splitlines()[0]
-    key = "\n".join((SOURCE.read_text(), compiler, version, *FLAGS, TARGETS[target], _processor()))
-    return (folder or cache_folder()) / f"tree_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = (part.read_text() for part in (SOURCE, *PARTS))
+    key = "\n".join((*sources, compiler, version, *FLAGS, TARGETS[target], _processor()))
+    return (folder or cache_folder()) / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def compile_library(path: Path, target: str) -> None:
@@ -85,7 +87,7 @@ def compile_library(path: Path, target: str) -> None:
 
 @lru_cache(maxsize=4)
 def load_library(target: str = "native", folder: Path | None = None) -> ctypes.CDLL:
-    """The loaded kernel for `target` ("native" or "avx2"); compiles it when it is not cached. CannotBuild says why not."""
+    """The loaded kernels for `target` ("native" or "avx2"); compiles it when it is not cached. CannotBuild says why not."""
     path = library_path(target, folder)
     if not path.exists():
         compile_library(path, target)
@@ -97,7 +99,7 @@ def load_library(target: str = "native", folder: Path | None = None) -> ctypes.C
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise CannotBuild(f"the compiled attention kernel does not load: {error}") from None
-    library.tree_attention.restype = ctypes.c_int
-    library.tree_attention_workspace.restype = ctypes.c_int64
+            raise CannotBuild(f"the compiled kernels do not load: {error}") from None
+    for name in ("tree_attention_workspace", "decoder_scratch", "decoder_packed"):
+        getattr(library, name).restype = ctypes.c_int64
     return library
