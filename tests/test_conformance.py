@@ -150,6 +150,25 @@ class OldLengths(Planted):
         return self.kept[1]
 
 
+class PlansShareState(Planted):
+    """The last plan made is used, whichever is given."""
+
+    def plan(self, reads, cache, group, sliding=None):
+        self.last = super().plan(reads, cache, group, sliding)
+
+    def attend(self, q, cache, layer, plan, scale):
+        return super().attend(q, cache, layer, self.last, scale)
+
+
+class LiveRowsPacked(Planted):
+    """Answers of the live rows come first, wherever those rows are."""
+
+    def attend(self, q, cache, layer, plan, scale):
+        out = super().attend(q, cache, layer, plan, scale)
+        rows = plan[0].rows
+        return out if rows is None else torch.cat([out[rows], torch.full_like(out[rows], torch.nan)])
+
+
 class HeadsTakenForPacked(Planted):
     """Queries of a fused projection are read as if nothing lay between them."""
 
@@ -220,6 +239,7 @@ PLANTED = {
     FirstLayerOnly: "rows are wrong by", NoSlidingLayers: "sliding 16.*rows are wrong by",
     OldLengths: "with a token less in every row rows are wrong by", HeadsTakenForPacked: "sliced queries.*rows are",
     OrderTakenForGranted: "transposed queries.*rows are",
+    PlansShareState: "a plan gives other bits after another one was made and used", LiveRowsPacked: "rows 0,2 live.*rows are",
     HalfPrecision: "rows are wrong by", WritesToTheCache: "changed the cache", OtherDtype: r"gives .*float64.* for queries of",
     Raises: "33, .*raised RuntimeError: 33 is too much for me", NeverTheSame: "other bits when asked again",
     BitsOfTheBatch: "row 0 has other bits alone than in the batch", BitsOfTheThreads: "other bits on 2 threads than on 1",
@@ -261,6 +281,21 @@ def test_a_red_report_counts_names_and_raises():
     assert str(report).endswith(f"and {len(report.faulty) - 10} more cases")
     assert report.to_dict()["verdict"] == "RED"
     assert len(report.to_dict()["faults"]) == len(report.faulty)
+
+
+def test_what_comes_out_for_a_finished_row_does_not_matter():
+    class LeavesThemAlone(Planted):
+        def attend(self, q, cache, layer, plan, scale):
+            out = super().attend(q, cache, layer, plan, scale)
+            rows = plan[0].rows
+            finished = [] if rows is None else sorted(set(range(len(out))) - set(rows.tolist()))
+            out[finished] = torch.nan
+            return out
+
+    cases = [case for case in conformance.cases(NEED) if case.live is not None]
+    assert len(cases) == 3
+    for case in cases:
+        assert conformance.judge(LeavesThemAlone(), case).faults == ()
 
 
 def test_what_a_back_end_refuses_is_counted_and_not_run():
@@ -333,6 +368,9 @@ def test_the_suite_covers_what_it_is_for():
     assert {str(case.view) for case in cases} >= {"full", "4+12", "0+1", "3+1", "0+63", "9+500", "4+5000"}
     corners = {case.corner.name.partition(" of ")[0] for case in cases}
     assert corners == {"chain", "star", "tree", "leaves", "draft step 0", "draft step 1", "draft step 3"}
+    assert 1000 < len([case for case in cases if case.need.device == "cpu"]) < 1200, "the documentation says about 1,100"
+    mixed = {(case.query_dtype, case.need.dtype) for case in cases if case.query_dtype}
+    assert mixed == {(torch.float32, torch.bfloat16)}
     assert {case.layout for case in cases} == {"contiguous", "sliced", "transposed"}
     assert any(len(set(case.lengths)) > 1 for case in cases)
     full = [case.build(True).cache for case in cases if case.family == "last slot"]

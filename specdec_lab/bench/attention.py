@@ -151,7 +151,7 @@ def _checked(
 
 
 class Stage:
-    """KV and queries of one shape, in so many layers that a layer is cold again when its turn comes."""
+    """KV of one shape, in so many layers that a layer is cold again when its turn comes, and queries in float32."""
 
     def __init__(self, shape: KernelShape, dtype: str, corners: Sequence[Corner], cache_bytes: int | None) -> None:
         self.shape, self.dtype, self.corners, self.cache_bytes = shape, dtype, corners, cache_bytes
@@ -172,7 +172,7 @@ class Stage:
         q = torch.randn(shape.cell.batch, len(corner.queries), shape.kv_heads * shape.group, shape.head_dim, generator=draw)
         nodes = corner.tensors(committed.device)
         reads = Reads(committed, *nodes, KvView.full(), shape.cell.length + len(corner.parents), True, corner.is_chain)
-        return Situation(q.to(self.cache.kv.dtype), self.cache, reads, shape.group, None, shape.head_dim**-0.5)
+        return Situation(q, self.cache, reads, shape.group, None, shape.head_dim**-0.5)
 
     def next_layer(self) -> int:
         """Whose turn it is to be read."""
@@ -195,8 +195,7 @@ class Stage:
         for corner, situation in zip(self.corners, self.situations, strict=True):
             right = meaning(situation.row(last, 1))
             for name, backend in backends.items():
-                plan = backend.plan(situation.reads, self.cache, self.shape.group)
-                out = backend.attend(situation.q, self.cache, 0, plan, situation.scale)
+                out = backend.attend(situation.q, self.cache, 0, situation.plan(backend), situation.scale)
                 error = worst_row([out[last:]], right)
                 if not error <= allowed:
                     where = f"{name} in {self.shape} {self.dtype}, {corner.name}"
@@ -210,7 +209,7 @@ def _measure(
     ceiling = instruments.read_bytes_per_s(threads)
     with torch_threads(threads):
         calls = [
-            Call(name, backend, corner, situation, backend.plan(situation.reads, stage.cache, stage.shape.group))
+            Call(name, backend, corner, situation, situation.plan(backend))
             for corner, situation in zip(stage.corners, stage.situations, strict=True)
             for name, backend in backends.items()
         ]

@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,10 +90,12 @@ def leaves(num_nodes: int) -> Corner:
 class Case:
     """One situation.
 
-    lengths  committed tokens of each row
-    need     what it asks of a back end
-    gain     factor on the queries: 3 gives the many keys far below the best one weight together, 30 lets one key win
-    layout   of the queries: contiguous; sliced, as from a fused projection; transposed, as from [B, Hq, T, D]
+    lengths      committed tokens of each row
+    need         what it asks of a back end; its dtype is that of keys and values
+    gain         factor on the queries: 3 gives the many keys far below the best one weight together, 30 lets one key win
+    layout       of the queries: contiguous; sliced, as from a fused projection; transposed, as from [B, Hq, T, D]
+    query_dtype  None: as keys and values
+    live         rows that still emit; None: all. What comes out for the others does not matter
     """
 
     family: str
@@ -104,15 +107,20 @@ class Case:
     sliding: int | None = None
     gain: float = 1.0
     layout: str = "contiguous"
+    query_dtype: torch.dtype | None = None
+    live: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
         """Unique, and the seed of all numbers."""
         need = self.need
         heads = f"{self.kv_heads} KV heads x {need.head_dim}, group {need.group}"
-        special = [f"sliding {self.sliding}"] * (self.sliding is not None) + [f"gain {self.gain:g}"] * (self.gain != 1)
-        special += [f"{self.layout} queries"] * (self.layout != "contiguous")
-        lengths, dtype = "/".join(map(str, self.lengths)), str(need.dtype).removeprefix("torch.")
+        special = [f"sliding {self.sliding}"] if self.sliding is not None else []
+        special += [f"gain {self.gain:g}"] if self.gain != 1 else []
+        special += [f"{self.layout} queries"] if self.layout != "contiguous" else []
+        special += [f"{dtype_name(self.query_dtype)} queries"] if self.query_dtype else []
+        special += [f"rows {','.join(map(str, self.live))} live"] if self.live else []
+        lengths, dtype = "/".join(map(str, self.lengths)), dtype_name(need.dtype)
         return f"{self.family}: {lengths} + {self.corner.name}, {', '.join([f'view {self.view}', *special, heads, dtype])}"
 
     @property
@@ -141,14 +149,16 @@ class Case:
     def _reads(self, committed: Tensor) -> Reads:
         corner, depths, nodes = self.corner.tensors(committed.device)
         longest, is_uniform = max(self.lengths) + len(depths), len(set(self.lengths)) == 1
-        return Reads(committed, corner, depths, nodes, self.view, longest, is_uniform, self.corner.is_chain)
+        live = None if self.live is None else torch.tensor(self.live, dtype=torch.int32, device=committed.device)
+        return Reads(committed, corner, depths, nodes, self.view, longest, is_uniform, self.corner.is_chain, live)
 
     def _queries(self, draw: torch.Generator, device: torch.device) -> Tensor:
         """[B, T, Hq, D] in the case's layout. Views are taken last: arithmetic on a view would pack it."""
         batch, queries, heads = len(self.lengths), len(self.corner.queries), self.kv_heads * self.need.group
         made = heads + 2 * self.kv_heads if self.layout == "sliced" else heads
         order = (batch, made, queries) if self.layout == "transposed" else (batch, queries, made)
-        q = (torch.randn(*order, self.need.head_dim, generator=draw) * self.gain).to(device, self.need.dtype)
+        q = torch.randn(*order, self.need.head_dim, generator=draw) * self.gain
+        q = q.to(device, self.query_dtype or self.need.dtype)
         return q.transpose(1, 2) if self.layout == "transposed" else q[:, :, :heads]
 
 
@@ -168,9 +178,17 @@ class Situation:
         """Layers of the cache."""
         return int(self.cache.kv.shape[0])
 
-    def attend(self, backend: AttentionBackend) -> list[Tensor]:
-        """One plan, then the answer of every layer."""
-        plan = backend.plan(self.reads, self.cache, self.group, self.sliding)
+    @property
+    def live(self) -> list[int]:
+        """The rows whose answers matter."""
+        return list(range(self.cache.batch)) if self.reads.rows is None else self.reads.rows.tolist()
+
+    def plan(self, backend: AttentionBackend) -> Any:
+        """What the back end makes of the reads."""
+        return backend.plan(self.reads, self.cache, self.group, self.sliding)
+
+    def answers(self, backend: AttentionBackend, plan: Any) -> list[Tensor]:
+        """Of every layer, all rows."""
         return [backend.attend(self.q, self.cache, layer, plan, self.scale) for layer in range(self.num_layers)]
 
     def shorter(self) -> Situation:
@@ -188,8 +206,13 @@ class Situation:
         alone = KvCache(layers, 1, whole.kv_heads, longest, whole.head_dim, whole.kv.dtype, whole.kv.device)
         alone.kv.copy_(whole.kv[:layers, :, pick, :, : alone.slots])
         alone.committed = whole.committed[pick].clone()
-        reads = replace(self.reads, committed=alone.committed, longest=longest, uniform=True)
+        reads = replace(self.reads, committed=alone.committed, longest=longest, uniform=True, rows=None)
         return replace(self, q=self.q[pick], cache=alone, reads=reads)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 Make = Callable[..., Case]
@@ -203,7 +226,8 @@ def cases(need: Need | None = None) -> Iterator[Case]:
     for device, dtype in _places(need):
         for family in (_views, _borders, _window_edges, _widths, _sizes, _queries, _prompts, _sliding, _changes):
             for case in family(_maker(device, dtype, need)):
-                if need is None or _is_within(case.need, need):
+                is_other = case.query_dtype is None or case.query_dtype.itemsize > dtype.itemsize
+                if is_other and (need is None or _is_within(case.need, need)):
                     yield case
 
 
@@ -278,10 +302,11 @@ def _sizes(make: Make) -> Iterator[Case]:
 
 
 def _queries(make: Make) -> Iterator[Case]:
-    """Queries in other layouts, and so large that an online maximum jumps."""
+    """Queries in other layouts and in float32 over shorter KV, and so large that an online maximum jumps."""
     for corner in (chain(1), chain(5), tree(9)):
         for layout in ("sliced", "transposed"):
             yield make("queries", (90, 5), corner, layout=layout)
+            yield make("queries", (90, 5), corner, layout=layout, query_dtype=torch.float32)
         for view in (FULL, KvView.window(4, 60)):
             yield from (make("queries", (2100,), corner, view, gain=gain, kv_heads=1) for gain in (3.0, 30.0))
 
@@ -306,3 +331,4 @@ def _changes(make: Make) -> Iterator[Case]:
     for corner in (chain(1), chain(5), tree(16)):
         for view in (FULL, KvView.window(4, 12), KvView.window(64, 1990)):
             yield make(CHANGES, (2100, 5, 700), corner, view)
+        yield make(CHANGES, (130, 2100, 5, 64), corner, live=(0, 2))

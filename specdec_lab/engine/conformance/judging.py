@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,24 +44,33 @@ def judge(backend: AttentionBackend, case: Case) -> Verdict:
     situation, allowed = case.build(backend.promises.masks_loads), _allowed(case)
     right, before = meaning(situation), (situation.q.clone(), situation.cache.kv.clone())
     try:
-        answers = situation.attend(backend)
+        whole = situation.answers(backend, situation.plan(backend))
+        faults = [*_form(whole, situation), *_touched(situation, before)]
+        answers = _live(whole, situation)
         error = worst_row(answers, right)
-        faults = [*_form(answers, situation), *_numbers("rows are", error, allowed), *_touched(situation, before)]
-        faults += _repeats(backend, situation, answers)
+        faults += [*_numbers("rows are", error, allowed), *_repeats(backend, situation, answers)]
         if case.family == CHANGES:
             faults += _alone(backend, situation, answers, right, allowed)
             faults += _threads(backend, situation, right, allowed)
-            faults += _rolled_back(backend, situation.shorter(), allowed)
+            faults += _two_plans(backend, situation, answers, allowed)
     except FAILURES as raised:
         return Verdict(case, math.inf, allowed, (f"raised {type(raised).__name__}: {raised}",))
     return Verdict(case, error, allowed, tuple(faults))
 
 
 def meaning(situation: Situation) -> list[Tensor]:
-    """What every layer must give, [B, T, Hq, D] in float64: the softmax over exactly the visible keys."""
-    plan = _meaning.plan(situation.reads, situation.cache, situation.group, situation.sliding)
-    q = situation.q.double()
-    return [_meaning.attend(q, situation.cache, layer, plan, situation.scale) for layer in range(situation.num_layers)]
+    """What every layer must give for the live rows, [R, T, Hq, D] in float64: the softmax over exactly the visible keys."""
+    exact = replace(situation, q=situation.q.double())
+    return _live(exact.answers(_meaning, exact.plan(_meaning)), exact)
+
+
+def _live(answers: list[Tensor], situation: Situation) -> list[Tensor]:
+    return answers if situation.reads.rows is None else [answer[situation.live] for answer in answers]
+
+
+def _ask(backend: AttentionBackend, situation: Situation) -> list[Tensor]:
+    """A new plan, and the answers for the live rows."""
+    return _live(situation.answers(backend, situation.plan(backend)), situation)
 
 
 def worst_row(answers: Iterable[Tensor], right: Iterable[Tensor]) -> float:
@@ -104,17 +114,17 @@ def _touched(situation: Situation, before: tuple[Tensor, Tensor]) -> Iterator[st
 
 def _repeats(backend: AttentionBackend, situation: Situation, answers: list[Tensor]) -> Iterator[str]:
     """A new plan and the same numbers must give the same bits: nothing may be left over from the call before."""
-    if not _same(situation.attend(backend), answers):
+    if not _same(_ask(backend, situation), answers):
         yield "gives other bits when asked again"
 
 
 def _alone(
     backend: AttentionBackend, whole: Situation, answers: list[Tensor], right: list[Tensor], allowed: float
 ) -> Iterator[str]:
-    for row in range(whole.cache.batch):
-        alone = whole.row(row).attend(backend)
-        yield from _numbers(f"row {row} alone is", worst_row(alone, [r[row : row + 1] for r in right]), allowed)
-        if backend.promises.same_alone and not _same(alone, [a[row : row + 1] for a in answers]):
+    for place, row in enumerate(whole.live):
+        alone, pick = _ask(backend, whole.row(row)), slice(place, place + 1)
+        yield from _numbers(f"row {row} alone is", worst_row(alone, [r[pick] for r in right]), allowed)
+        if backend.promises.same_alone and not _same(alone, [a[pick] for a in answers]):
             yield f"row {row} has other bits alone than in the batch"
 
 
@@ -122,17 +132,20 @@ def _threads(backend: AttentionBackend, situation: Situation, right: list[Tensor
     first: list[Tensor] = []
     for threads in THREADS:
         with torch_threads(threads):
-            answers = situation.attend(backend)
+            answers = _ask(backend, situation)
         yield from _numbers(f"on {threads} threads rows are", worst_row(answers, right), allowed)
         first = first or answers
         if backend.promises.same_threads and not _same(answers, first):
             yield f"gives other bits on {threads} threads than on {THREADS[0]}"
 
 
-def _rolled_back(backend: AttentionBackend, shorter: Situation, allowed: float) -> Iterator[str]:
-    """Nothing of the lengths may stay behind in the back end, or in what it keeps with the cache."""
-    error = worst_row(shorter.attend(backend), meaning(shorter))
+def _two_plans(backend: AttentionBackend, situation: Situation, answers: list[Tensor], allowed: float) -> Iterator[str]:
+    """A plan for the same cache after a rollback is right, and leaves an earlier plan as it was."""
+    shorter, early = situation.shorter(), situation.plan(backend)
+    error = worst_row(_ask(backend, shorter), meaning(shorter))
     yield from _numbers("with a token less in every row rows are", error, allowed)
+    if not _same(_live(situation.answers(backend, early), situation), answers):
+        yield "a plan gives other bits after another one was made and used"
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import Case
+from .cases import Case, dtype_name
 
 GREEN, RED, NOTHING_RAN = "green", "RED", "nothing ran"
 SHOWN_FAULTS = 10
@@ -71,7 +71,7 @@ class Report:
         """Per dtype the case that comes closest to what is allowed, or exceeds it most."""
         worst: dict[str, Verdict] = {}
         for verdict in self.ran:
-            dtype = _dtype(verdict)
+            dtype = dtype_name(verdict.case.need.dtype)
             worst[dtype] = max(worst.get(dtype, verdict), verdict, key=lambda v: v.error / v.allowed)
         return worst
 
@@ -96,7 +96,7 @@ class Report:
     def _table(self) -> Iterable[str]:
         if not self.ran:
             return
-        counts = Counter(map(_dtype, self.ran))
+        counts = Counter(dtype_name(verdict.case.need.dtype) for verdict in self.ran)
         yield f"{'dtype':10}{'cases':>6}  {'worst row':>9}  {'allowed':>7}  in the case"
         for dtype, worst in self.worst.items():
             yield f"{dtype:10}{counts[dtype]:6}  {worst.error:9.1e}  {worst.allowed:7.0e}  {worst.case.name}"
@@ -113,6 +113,3 @@ class Report:
             "refusals": self.refusals, "faults": [str(verdict) for verdict in self.faulty],
         }  # fmt: skip
 
-
-def _dtype(verdict: Verdict) -> str:
-    return str(verdict.case.need.dtype).removeprefix("torch.")
