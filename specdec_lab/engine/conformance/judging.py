@@ -41,7 +41,8 @@ def judge(backend: AttentionBackend, case: Case) -> Verdict:
     refusal = backend.why_not(case.need)
     if refusal is not None:
         return Verdict(case, refusal=refusal)
-    situation, allowed = case.build(backend.promises.masks_loads), _allowed(case)
+    situation = case.build(backend.promises.masks_loads)
+    allowed = allowed_error(case.need.dtype, situation.q.dtype, case.gain)
     right, before = meaning(situation), (situation.q.clone(), situation.cache.kv.clone())
     try:
         whole = situation.answers(backend, situation.plan(backend))
@@ -84,9 +85,12 @@ def worst_row(answers: Iterable[Tensor], right: Iterable[Tensor]) -> float:
     return worst
 
 
-def _allowed(case: Case) -> float:
-    """Scores in float32 carry rounding errors that grow with them, and with it those of the weights."""
-    return ALLOWED[case.need.dtype] * (case.gain if case.need.dtype == torch.float32 else 1.0)
+def allowed_error(kv: torch.dtype, queries: torch.dtype, gain: float = 1.0) -> float:
+    """The most that `worst_row` may be.
+
+    Scores in float32 carry rounding errors that grow with them; a back end may round queries to the dtype of its keys.
+    """
+    return ALLOWED[kv] * (gain if kv == torch.float32 else 1.0) * (1.0 if queries == kv else 2.0)
 
 
 def _form(answers: list[Tensor], situation: Situation) -> Iterator[str]:
