@@ -45,8 +45,11 @@ class CpuBackend:
             return "the compiled CPU kernel has no soft-capping, sink logits or sliding-window layers"
         return cpu.why_not(need.head_dim, need.dtype)
 
-    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> Any:
-        """A CpuPlan for rounds, sdpa's plan for prompt chunks."""
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None, growth: int = 0) -> Any:
+        """A CpuPlan for rounds, sdpa's plan for prompt chunks.
+
+        growth  nodes by which the corner may grow before the next plan: a chain drafted in one call
+        """
         if reads.num_queries > cpu.MAX_QUERIES or reads.corner.shape[1] > cpu.MAX_NODES:
             return self._prompts.plan(reads, cache, group, sliding)
         template, corner = self._template(reads, cache, group)
@@ -57,7 +60,9 @@ class CpuBackend:
             call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
         library, here = load_library(), ctypes.byref(call)
         cpu.check_code(library.tree_attention_check(here), call)
+        call.nodes += growth
         workspace = _workspace(cache, library.tree_attention_workspace(here))
+        call.nodes -= growth
         call.workspace = workspace.data_ptr()
         return CpuPlan(call, (committed, rows, workspace, *corner))
 
