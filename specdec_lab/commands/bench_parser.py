@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import Cell, parse_count
+from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
+from ..records import Cell, TreeShape, parse_count
 from .parser import WORKLOADS, Parser, Verbs, choose_model, offer_json
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts, split_names
 
@@ -35,7 +36,7 @@ def add_bench(verbs: Verbs) -> None:
                       "race --cells 1x1k,8x4k --save", "overhead --cell 8x1k --config self:4+60/chain3 --save",
                       parser_class=BenchParser)
     actions = Verbs(bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser), bench.prog)
-    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _overhead, _scaling)
+    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _attention, _scaling, _overhead)
     for add in add_actions:
         add(actions)
 
@@ -97,6 +98,43 @@ def _overhead(actions: Verbs) -> None:
     save_options(action)
     choose_model(action)
     offer_json(action)
+
+
+def _attention(actions: Verbs) -> None:
+    action = actions.add("attention", "the attention kernel beside torch's, by number of queries, after a check of both", "",
+                         "--shapes 8x4k/3x64 --queries 1,5 --threads 1 --markdown", handler="attention:attention")
+    action.add_argument("--shapes", type=spelled(split_shapes), default=SHAPES, metavar="BxL/HxD[gG],...",
+                        help=f"batch x context / KV heads x head size, g: query heads per KV head (default: {_listed(SHAPES)})")
+    action.add_argument("--queries", type=spelled(split_counts), default=QUERIES, metavar="N,...",
+                        help=f"tokens per sequence of a chain, root counted (default: {_listed(QUERIES)})")
+    action.add_argument("--tree", type=spelled(TreeShape.parse), default=TREE, metavar="TREE",
+                        help=f"one more row, for a tree of drafted tokens below the root (default: {TREE})")
+    action.add_argument("--threads", type=spelled(split_counts), metavar="N,...", help="default: one, and all cores")
+    action.add_argument("--dtypes", type=spelled(split_dtypes), default=DTYPES, metavar="DTYPE,...",
+                        help=f"of keys and values (default: {_listed(DTYPES)})")
+    action.add_argument("--blocks", type=spelled(parse_count), default=BLOCKS, metavar="N",
+                        help=f"of {CALLS} calls each (default: {BLOCKS})")
+    save_options(action)
+    output = action.add_mutually_exclusive_group()
+    output.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    offer_json(output)  # type: ignore[arg-type]  # a group adds arguments as a parser does
+
+
+def split_shapes(text: str) -> tuple[KernelShape, ...]:
+    """`8x4096/3x64,8x8k/4x64g2`."""
+    return tuple(KernelShape.parse(part) for part in text.split(","))
+
+
+def split_dtypes(text: str) -> tuple[str, ...]:
+    """`float32,bfloat16`."""
+    names = tuple(part.strip() for part in text.split(","))
+    if strange := [name for name in names if name not in DTYPES]:
+        raise ValueError(f"KV dtype {strange[0]!r} is none of {', '.join(DTYPES)}")
+    return names
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))
 
 
 def _scaling(actions: Verbs) -> None:

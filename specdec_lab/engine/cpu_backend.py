@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_kernels.build import load_library
 from specdec_kernels.tree_attention import cpu
 
-from .attention import Need, Reads, SdpaBackend
+from .attention import Need, Promises, Reads, SdpaBackend
 from .cache import KvCache
 
 
@@ -32,6 +32,7 @@ class CpuBackend:
     """Compiled attention at the read limit of a CPU: sinks, windows and tree corners by address, no copies, no masks."""
 
     name = "cpu"
+    promises = Promises()
 
     def __init__(self) -> None:
         self._prompts = SdpaBackend()
