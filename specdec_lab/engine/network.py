@@ -6,7 +6,7 @@ Not known here: who asks, what is accepted.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Network:
 
     skips_finished  finished rows cost nothing: where the whole forward is one compiled call
     used_threads    of the latest forward of a round; 0 where torch's threads do not run it
+    index           what SnapKV views list now, see Reads.index
     """
 
     runner: Runner
@@ -39,6 +40,7 @@ class Network:
     threads: Threads
     skips_finished: bool = False
     used_threads: int = 0
+    index: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.skips_finished = self.runner.why_not_compiled(self.backend) is None
@@ -49,6 +51,8 @@ class Network:
 
     def score(self, tokens: Tensor, reads: Reads, last: int, phases: tuple[Phase, Phase]) -> Scores:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
+        if reads.view.kind == "snapkv":
+            reads = replace(reads, index=self.index)
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
         kind = (
             self.runner.fingerprint, self.backend.name, tokens.shape[0], min(tokens.shape[1], 2), reads.view,
