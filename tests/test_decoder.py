@@ -204,7 +204,8 @@ def test_rows_that_are_left_out_cost_nothing_and_stay_untouched(rows):
 def test_every_layer_reads_its_own_lists(target, listed, recent):
     for queries, chain in ((1, True), (4, True), (5, False)):
         committed = [0, 1, 30, 64, 130]
-        case = Case(listed + recent, batch=5, queries=queries, committed=committed, recent=recent, listed=listed, chain=chain, layers=3)
+        lists = {"recent": recent, "listed": listed, "layers": 3}
+        case = Case(listed + recent, batch=5, queries=queries, committed=committed, chain=chain, **lists)
         assert_equals_reference(case, target=target)
     assert not torch.equal(case.index[0], case.index[2])
 

@@ -98,7 +98,8 @@ def test_a_list_is_read_up_to_the_window_in_lengths_around_blocks_and_chunks(tar
     committed = [0, 5, entries + 14, 2200]
     q, k, v, _, corner, depth, nodes = case(entries, batch=4, queries=3, slots=2300, committed=committed)
     index = torch.arange(entries).repeat(4, 2, 1)
-    index[3] = torch.stack([torch.randperm(2185, generator=torch.Generator().manual_seed(i))[:entries].sort().values for i in (1, 2)])
+    g = torch.Generator().manual_seed(1)
+    index[3] = torch.stack([torch.randperm(2185, generator=g)[:entries].sort().values for _ in "kv"])
     assert_equals_reference((q, k, v, torch.tensor(committed), corner, depth, nodes), target, recent=16, index=index)
 
 

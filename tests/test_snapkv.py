@@ -123,7 +123,8 @@ def made_lists(committed, view, layers, heads, size, seed=0):
     g, index = torch.Generator().manual_seed(seed), torch.empty(layers, len(committed), heads, size, dtype=torch.int32)
     for layer, row, head in itertools.product(range(layers), range(len(committed)), range(heads)):
         before = committed[row] + 1 - view.recent
-        index[layer, row, head] = torch.randperm(before, generator=g)[:size].sort().values if before > size else torch.arange(size)
+        some = torch.randperm(max(before, size), generator=g)[:size].sort().values
+        index[layer, row, head] = some if before > size else torch.arange(size)
     return index
 
 
@@ -145,8 +146,8 @@ def keys_by_definition(reads, index, layer, row, head, query):
     listed = index[layer, row, head, :before].tolist()
     place = committed + depth[node]
     near = [s for s in range(committed) if place - s < view.recent]
-    corner = [committed + c for c in range(reads.corner.shape[1]) if reads.corner[query, c] and depth[node] - depth[c] < view.recent]
-    return listed + near + corner
+    seen = [c for c in range(reads.corner.shape[1]) if reads.corner[query, c] and depth[node] - depth[c] < view.recent]
+    return listed + near + [committed + c for c in seen]
 
 
 CASES = [([0, 1], 6, 1), ([7, 90], 6, 3), ([64, 64], 20, 8), ([65, 150], 64, 2), ([150, 3], 200, 9), ([128, 149], 1, 100)]
@@ -355,7 +356,7 @@ def test_switching_views_between_rounds_changes_nothing():
     engine = sd.Engine(sd.load(tiny.model("llama"), noisy_copy(tiny.model("llama"), 0.05)))
     out = engine.generate(prompts, lambda _live, _length: next(cycle), max_new_tokens=60, stop_at_eos=False)
     assert out.tokens == plain
-    assert {c for c in CONFIGS} <= {s.config for s in out.run.rounds}
+    assert set(CONFIGS) <= {s.config for s in out.run.rounds}
 
 
 def test_a_drafts_law_through_lists_leaves_the_samples_of_plain_decoding():
@@ -373,7 +374,12 @@ def test_a_drafts_law_through_lists_leaves_the_samples_of_plain_decoding():
 def spied(monkeypatch):
     """Committed lengths of every choice made."""
     choices, original = [], snapkv.SnapKv._choose
-    monkeypatch.setattr(snapkv.SnapKv, "_choose", lambda self, batch, view, at: choices.append(at) or original(self, batch, view, at))
+
+    def choose(self, batch, view, at):
+        choices.append(at)
+        return original(self, batch, view, at)
+
+    monkeypatch.setattr(snapkv.SnapKv, "_choose", choose)
     return choices
 
 
@@ -420,7 +426,8 @@ def test_a_refresh_is_booked_to_drafting_and_only_to_the_rounds_that_made_it(mon
 def test_a_session_keeps_the_selection_of_its_prompts_and_returns_to_it(monkeypatch):
     choices = spied(monkeypatch)
     session = engine_of(tiny.model("llama")).open(sd.Workload("test", tiny.prompts([60, 45]), 40, stop_at_eos=False))
-    runs = [sd.record(session.steps(c)) for c in ("off", "self:snapkv8+4r8/chain3", "self:snapkv8+4r8/chain3", "self:snapkv8+4/chain2")]
+    configs = ("off", "self:snapkv8+4r8/chain3", "self:snapkv8+4r8/chain3", "self:snapkv8+4/chain2")
+    runs = [sd.record(session.steps(config)) for config in configs]
     kinds = [[s.kind for s in run.steps].count("prefill") for run in runs]
     assert kinds == [1, 1, 0, 0], "reading the prompt, then choosing, then neither"
     assert choices.count((59, 44)) == 1

@@ -52,6 +52,7 @@ class Network:
     def score(self, tokens: Tensor, reads: Reads, last: int, phases: tuple[Phase, Phase]) -> Scores:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
         if reads.view.kind == "snapkv":
+            assert self.index is not None  # whoever drafts through such a view chooses first
             reads = replace(reads, index=self.index)
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
         kind = (
