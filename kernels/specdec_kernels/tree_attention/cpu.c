@@ -330,7 +330,7 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
     Keys keys = keys_of(c, b);
     const int32_t *index = c->index ? c->index + ((int64_t)b * c->kv_heads + h) * c->index_len : NULL;
     int64_t clear_from = all_seen_from(c, &keys, committed), clear_to = keys.total - c->nodes;
-    int64_t clear_before = keys.head < clear_from ? keys.head : clear_from; /* sinks and listed keys are seen by all */
+    int mixed = clear_from > keys.head; /* sinks and listed keys are seen by all, then come some that only few see */
     float *m = part, *l = part + rows, *acc = part + state_floats(c);
     float q[MAX_QUERIES * MAX_DIM] __attribute__((aligned(64)));
     float mask[ROWS * BLOCK] __attribute__((aligned(64)));
@@ -358,7 +358,7 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
                 int64_t n = n0 + BLOCK + i < keys.total ? n0 + BLOCK + i : keys.total - 1;
                 at[BLOCK + i] = base + slot_of(&keys, index, n) * c->kv_slot;
             }
-            int masked = count < BLOCK || n0 + count > clear_to || (n0 < clear_from && n0 + count > clear_before);
+            int masked = count < BLOCK || n0 + count > clear_to || (mixed && n0 < clear_from && n0 + count > keys.head);
             for (int r0 = 0, some; r0 < many; r0 += some) {
                 int row = first + r0, left = many - r0;
                 some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
