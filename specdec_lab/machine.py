@@ -111,6 +111,16 @@ def _read(path: Path) -> str | None:
         return None
 
 
+def openmp_libraries(root: Path = ROOT) -> tuple[str, ...]:
+    """File names of the OpenMP libraries in this process, each of which has threads of its own; empty where unknown."""
+    found: dict[str, None] = {}
+    for line in (_read(root / "proc/self/maps") or "").splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if re.match(r"lib(gomp|omp|iomp5)[.-]", path.name):
+            found[path.name] = None
+    return tuple(found)
+
+
 def device_name(torch_device_name: str | None, threads: int) -> str:
     """The name under which measurements are filed: `NVIDIA_H200`, or for a CPU its model and threads, `AMD_EPYC_2t`.
 

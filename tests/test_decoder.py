@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from specdec_kernels import build
 from specdec_kernels.decoder import cpu, reference
+from specdec_kernels.noise import reference as noise
 from specdec_kernels.tree_attention import cpu as attention
 from test_kernels import random_tree
 
@@ -78,8 +79,9 @@ class Case:
         logits, best = reference.decoder(self.weights, *arguments, scale=self.scale, index=self.index, **self.view)
         return logits, best, kv
 
-    def run(self, target="native", threads=1, rows=None, keep=None, decoder=None):
-        kv, w, queries = self.kv.clone(), self.weights, self.tokens.shape[1]
+    def call(self, kv, target, threads, rows, growth=0):
+        """A call of the kernel over `kv`, and the memory it points to."""
+        w, queries = self.weights, self.tokens.shape[1]
         bits, depth = attention.corner_bits(self.corner), self.depth.to(torch.int32)
         call = attention.Call()
         call.k, call.v, call.committed = kv[0, 0].data_ptr(), kv[0, 1].data_ptr(), self.committed.data_ptr()
@@ -96,14 +98,46 @@ class Case:
             call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
         library = build.load_library(target)
         code = library.tree_attention_check(ctypes.byref(call))
+        call.nodes += growth
         space = attention.aligned(1 if code else library.tree_attention_workspace(ctypes.byref(call)))
+        call.nodes -= growth
         call.workspace = space.data_ptr()
+        return call, (bits, depth, rows, space)
+
+    def run(self, target="native", threads=1, rows=None, keep=None, decoder=None):
+        kv, w, queries = self.kv.clone(), self.weights, self.tokens.shape[1]
+        call, kept = self.call(kv, target, threads, rows)
         keep = torch.arange(queries, dtype=torch.int32) if keep is None else torch.tensor(keep, dtype=torch.int32)
         logits = torch.full((kv.shape[2], keep.shape[0], w.embedding.shape[0]), -7.0)
         best = torch.full(logits.shape[:2], -7)
         decoder = decoder or cpu.Decoder(w, target)
         self.attention_ns = decoder.forward(self.tokens, call, kv.stride(0), keep, logits, best)
+        del kept
         return logits, best, kv
+
+    def draft(self, depth, draw, target="native", threads=1, rows=None):
+        """What decoder.draft makes of the chain `tokens`, and the cache it leaves."""
+        kv = self.kv.clone()
+        call, kept = self.call(kv, target, threads, rows, growth=depth)
+        drafted = cpu.Decoder(self.weights, target).draft(self.tokens, call, kv.stride(0), depth, draw)
+        del kept
+        return drafted, kv
+
+
+def step_by_step(case, depth, choose):
+    """The chain that single forwards draft: choose(logits [B, V], position [B], step) -> tokens [B]."""
+    single = Case(0)
+    single.weights, single.view, single.scale = case.weights, case.view, case.scale
+    lag, kv, tokens = case.tokens.shape[1] - 1, case.kv, []
+    single.committed, single.tokens, queries = case.committed, case.tokens, lag + 1
+    for step in range(depth):
+        single.kv, single.corner = kv, torch.ones(queries, queries, dtype=torch.bool).tril()
+        single.depth = torch.arange(queries)
+        single.nodes = torch.arange(queries, dtype=torch.int32)
+        logits, _, kv = single.run(keep=[queries - 1])
+        tokens.append(choose(logits[:, 0], single.committed + queries, step))
+        single.committed, single.tokens, queries = single.committed + queries, tokens[-1][:, None].contiguous(), 1
+    return torch.stack(tokens, 1), kv
 
 
 def assert_equals_reference(case, **how):
@@ -237,6 +271,74 @@ def test_attention_time_is_reported():
     case = Case(8)
     case.run()
     assert case.attention_ns > 0
+
+
+NOISE = {"seed": 2**40 + 5, "sequences": torch.tensor([7, 1, 4])}
+CHAIN = {"batch": 3, "slots": 140, "vocab": 200}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("view", [(0, 0), (4, 12)])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_chain_drafted_in_one_call_is_bit_for_bit_the_chain_of_single_steps(target, view, lag, threads):
+    case = Case(11, queries=lag + 1, committed=[3, 63, 127], sink=view[0], recent=view[1], **CHAIN)
+    greedy = cpu.Draw(0.0, NOISE["sequences"], 0, 0, False)
+    drafted, kv = case.draft(5, greedy, target, threads)
+    expected, expected_kv = step_by_step(case, 5, lambda logits, position, step: logits.argmax(-1))
+    assert torch.equal(drafted.tokens, expected)
+    assert drafted.law is None
+    if target == "native":
+        assert torch.equal(kv.nan_to_num(), expected_kv.nan_to_num())
+    assert drafted.attention_ns > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_coupled_chain_draws_with_the_noise_of_its_positions(lag):
+    case = Case(12, queries=lag + 1, committed=[3, 63, 100], **CHAIN)
+    drafted, _ = case.draft(4, cpu.Draw(0.8, NOISE["sequences"], NOISE["seed"], 3, True))
+
+    def draw(logits, position, step):
+        law = (logits / 0.8).softmax(-1)[:, None]
+        return noise.gumbel_argmax(law, NOISE["seed"], NOISE["sequences"], position[:, None], 3)[:, 0]
+
+    assert torch.equal(drafted.tokens, step_by_step(case, 4, draw)[0])
+    assert drafted.law is None
+
+
+def test_a_sampled_chain_returns_the_law_that_its_tokens_were_drawn_from():
+    case = Case(13, queries=1, committed=[3, 63, 100], **CHAIN)
+    drafted, _ = case.draft(4, cpu.Draw(0.8, NOISE["sequences"], NOISE["seed"], 0, False), threads=2)
+    laws = []
+
+    def draw(logits, position, step):
+        laws.append((logits / 0.8).softmax(-1))
+        words = noise.words(NOISE["seed"], NOISE["sequences"], position[:, None], 0, 1)[:, 0, 0]
+        cumulative = drafted.law[:, step].double().cumsum(-1)
+        wanted = (words.double() * 2.0**-32 * cumulative[:, -1])[:, None]
+        return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+
+    expected, _ = step_by_step(case, 4, draw)
+    assert torch.equal(drafted.tokens, expected)
+    assert (drafted.law - torch.stack(laws, 1)).abs().max() < 1e-6
+    assert (drafted.law.sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_rows_that_are_left_out_draft_nothing():
+    case = Case(14, queries=1, committed=[3, 63, 100], **CHAIN)
+    greedy = cpu.Draw(0.0, NOISE["sequences"], 0, 0, False)
+    whole, _ = case.draft(3, greedy)
+    some, kv = case.draft(3, greedy, rows=[0, 2], threads=2)
+    assert torch.equal(some.tokens[[0, 2]], whole.tokens[[0, 2]])
+    assert (some.tokens[1] == 0).all()
+    assert torch.equal(kv[:, :, 1].nan_to_num(), case.kv[:, :, 1].nan_to_num())
+
+
+@pytest.mark.parametrize(("depth", "committed"), [(65, [3, 4, 5]), (3, [3, 4, 138]), (0, [3, 4, 5])])
+def test_a_chain_that_does_not_fit_is_refused(depth, committed):
+    case = Case(15, queries=1, committed=committed, **CHAIN)
+    with pytest.raises(ValueError, match="does not fit into 64 nodes, 140 slots"):
+        case.draft(depth, cpu.Draw(0.0, NOISE["sequences"], 0, 0, False))
 
 
 @pytest.mark.parametrize(

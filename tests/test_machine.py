@@ -150,3 +150,15 @@ def test_outside_a_checkout_or_without_git_the_commit_is_unknown(tmp_path, check
     assert machine.commit.__wrapped__(write(tmp_path.parent / "elsewhere", {"__init__.py": ""})) == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.commit.__wrapped__(checkout) == "unknown"
+
+
+def test_openmp_libraries_of_the_process_are_counted_once_each(tmp_path):
+    maps = tmp_path / "proc/self/maps"
+    maps.parent.mkdir(parents=True)
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/libgomp.so.1\n7f01-7f02 r--p 00000000 08:01 1 /usr/lib/libgomp.so.1\n"
+        "7f02-7f03 r-xp 00000000 08:01 2 /opt/x/libgomp-a34b.so.1.0.0\n7f03-7f04 rw-p 00000000 00:00 0\n"
+        "7f04-7f05 r-xp 00000000 08:01 3 /usr/lib/libcomposite.so\n"
+    )
+    assert machine.openmp_libraries(tmp_path) == ("libgomp.so.1", "libgomp-a34b.so.1.0.0")
+    assert machine.openmp_libraries(tmp_path / "nowhere") == ()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec_lab.engine.sampling import Noise, Processor, Purpose, draw, gumbel_argmax, philox
+from specdec_kernels.noise import cpu as compiled
+from specdec_kernels.noise import reference
+from specdec_kernels.noise.reference import philox
+from specdec_lab.engine.sampling import Noise, Processor, Purpose, draw
 
 # Published with Random123 (Salmon 2011): (counter, key, words) of Philox-4x32-10.
 VECTORS = [
@@ -66,12 +69,37 @@ def test_draw_follows_the_weights_and_never_takes_a_token_of_weight_zero():
     assert edges.tolist() == [1, 3]
 
 
-def test_gumbel_argmax_follows_the_law():
-    law = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    g = noise(1).gumbel(torch.arange(40_000)[None], 4, Purpose.TARGET)[0]
-    share = torch.bincount(gumbel_argmax(law.expand(40_000, -1), g), minlength=4) / 40_000
-    assert torch.allclose(share, law, atol=0.01)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drawing_follows_the_law(dtype):
+    law = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=dtype)
+    tokens = noise(1).draw(law.expand(1, 40_000, -1), torch.arange(40_000)[None], Purpose.TARGET)
+    share = torch.bincount(tokens[0], minlength=4) / 40_000
+    assert torch.allclose(share, law.float(), atol=0.01)
     assert share[3] == 0
+
+
+@pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
+@pytest.mark.parametrize("vocabulary", [1, 4, 31, 63, 64, 65, 129, 2048])
+def test_the_compiled_noise_equals_its_reference(vocabulary):
+    sequences = torch.tensor([0, 2**33 + 5, 77])
+    positions = torch.tensor([[0, 9, 2**31], [1, 2, 3], [2**40, 5, 5]])
+    for seed in (0, 2**40 + 9):
+        arguments = (seed, sequences, positions, int(Purpose.TARGET))
+        assert torch.equal(compiled.words(*arguments, vocabulary), reference.words(*arguments, vocabulary))
+        law = (torch.randn(3, 3, vocabulary, generator=torch.Generator().manual_seed(seed % 97)) * 4).softmax(-1)
+        law[..., 1::3] = 0
+        assert torch.equal(compiled.gumbel_argmax(law, *arguments), reference.gumbel_argmax(law, *arguments))
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert compiled.words(0, zero, zero[None], 0, 4).flatten().tolist() == list(VECTORS[0][2])
+
+
+@pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
+def test_the_compiled_noise_refuses_what_it_cannot_read():
+    with pytest.raises(ValueError, match="int64 sequences"):
+        compiled.words(0, torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), 0, 4)
+    zero = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="float32 law"):
+        compiled.gumbel_argmax(torch.ones(2, 1, 4, dtype=torch.float64), 0, zero, zero[:, None], 0)
 
 
 @pytest.mark.parametrize("kwargs", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 6, "top_p": 0.5}, {}])

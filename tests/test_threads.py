@@ -7,6 +7,7 @@ import torch
 
 import specdec_lab as sd
 import tiny
+from specdec_kernels.decoder import cpu as decoder
 from specdec_lab.engine import threads as module
 from specdec_lab.engine.threads import KEPT_S, PATIENCE, Threads, candidates
 
@@ -108,3 +109,19 @@ def test_the_engine_records_its_threads_and_gives_torch_its_own_back():
         sd.Workload("test", tiny.prompts([40, 9]), 5, stop_at_eos=False), "ngram/chain2")).rounds)  # fmt: skip
     if before > 1:
         assert engine.threads.choices
+
+
+@pytest.mark.parametrize(
+    ("sampling", "one_call"), [({}, True), ({"temperature": 0.7}, True), ({"temperature": 0.7, "top_p": 0.9}, False)]
+)
+def test_chains_are_drafted_in_one_call_unless_the_law_needs_a_sort(monkeypatch, sampling, one_call):
+    engine = sd.Engine(sd.load(tiny.model("llama")))
+    if engine.pair.target.why_not_compiled(engine.backend) is not None:
+        pytest.skip("no compiled decoder here")
+    calls = []
+    real = decoder.Decoder.draft
+    monkeypatch.setattr(decoder.Decoder, "draft", lambda *a: calls.append(a[4]) or real(*a))
+    workload = sd.Workload("test", tiny.prompts([40, 9]), 12, stop_at_eos=False, **sampling)
+    run = sd.record(engine.steps(workload, "self:4+8/chain2"))
+    assert (len(calls) >= len(run.rounds)) == one_call
+    assert bool(calls) == one_call

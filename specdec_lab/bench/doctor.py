@@ -127,11 +127,24 @@ def _engine(engine: Engine | None, why_not: str) -> Iterable[Finding]:
     else:
         yield Finding("draft", OK, f"{pair.draft.name} ({pair.draft.shape.params:,} parameters)")
     yield Finding("runner", OK, _runner_words(engine))
+    reason = pair.target.why_not_compiled(engine.backend)
+    yield Finding("rounds", OK, "one compiled call each; prompts go through sdpa") if reason is None else Finding(
+        "rounds", NOTE, f"layer by layer: {reason}"
+    )
+    yield _threads(engine.threads.most, machine.openmp_libraries())
     yield Finding(
         "ceilings", OK, f"reads {rates.read_bytes_per_s / 1e9:.1f} GB/s, multiplies {rates.gemm_flops_per_s / 1e9:.0f} GFLOP/s "
         "in float32 (measured just now, all threads)",
     )
     yield from _backends(engine)
+
+
+def _threads(most: int, libraries: tuple[str, ...]) -> Finding:
+    words = f"up to {most}; each kind of forward runs on as many as were measured to be fastest"
+    if len(libraries) <= 1:
+        return Finding("threads", OK, words)
+    several = f"{len(libraries)} OpenMP libraries are loaded ({', '.join(libraries)}), each with threads of its own"
+    return Finding("threads", NOTE, f"{words}. {several}", "They compete for the cores: use one build of torch")
 
 
 def _runner_words(engine: Engine) -> str:

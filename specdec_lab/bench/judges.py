@@ -68,8 +68,8 @@ class BlockTimes:
     def __init__(self) -> None:
         self._walls: dict[str, dict[int, list[float]]] = {}
 
-    def add(self, config: SpecConfig, block: int, walls: Sequence[float]) -> None:
-        """Take the wall seconds of the rounds of one run."""
+    def add(self, config: SpecConfig | str, block: int, walls: Sequence[float]) -> None:
+        """Take the wall seconds of the rounds of one run; `config` is whatever was run, by its name."""
         self._walls.setdefault(str(config), {})[block] = list(walls)
 
     def slowdowns(self) -> dict[int, float]:

@@ -41,6 +41,7 @@ class Lab:
     """load  gives a ModelPair; injected in tests
 
     variables  the notebook's names, where `load --as NAME` puts the engine; None in a shell
+    source     the model and the draft that the engine in use was loaded from, as the user named them
     background what was started in this notebook, by verb
     """
 
@@ -52,6 +53,7 @@ class Lab:
         self.variables = variables
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.engine: Engine | None = None
+        self.source: tuple[str, str | None] = ("demo", None)
         self.policy: Policy | None = None
         self.background: dict[str, Background] = {}
 
@@ -85,7 +87,8 @@ class Lab:
             from ..engine.loop import Engine
 
             placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
-            pair = self._load(wanted.get("model", "demo"), wanted.get("draft"), **placement)
+            self.source = wanted.get("model", "demo"), wanted.get("draft")
+            pair = self._load(*self.source, **placement)
             return Engine(pair, wanted.get("backend", "auto"))
 
     def check_idle(self, name: str) -> None:

@@ -49,6 +49,11 @@ def split_counts(text: str) -> tuple[int, ...]:
     return tuple(parse_count(part) for part in _parts(text, "count"))
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """`ours,transformers/static`."""
+    return tuple(_parts(text, "name"))
+
+
 def seconds(text: str) -> float:
     """`90`, `90s`, `2m`, `0.5h`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())

@@ -54,12 +54,28 @@ def forward_floor(
 
     Logits, activations, norms and launches are ignored: 100% of it is out of reach.
     """
-    kv_bytes = batch * (keys + query_tokens) * shape.kv_bytes_per_token(element_bytes)
+    return counted_floor(
+        limits,
+        weight_bytes=shape.weight_bytes(element_bytes),
+        kv_bytes=batch * (keys + query_tokens) * shape.kv_bytes_per_token(element_bytes),
+        linear_flops=shape.linear_flops(batch * query_tokens),
+        attention_flops=shape.attention_flops(batch * query_tokens * keys),
+    )
+
+
+def counted_floor(
+    limits: Limits, *, weight_bytes: float, kv_bytes: float, linear_flops: float, attention_flops: float
+) -> ForwardFloor:
+    """Floor of work whose bytes and FLOPs were counted: of one forward, or of several taken together.
+
+    For several forwards it is at most the sum of their own floors, so it stays a floor. All bytes are taken to come from
+    memory: work that finds them in a cache can be faster.
+    """
     return ForwardFloor(
-        weights_s=shape.weight_bytes(element_bytes) / limits.read_bytes_per_s,
-        linear_compute_s=shape.linear_flops(batch * query_tokens) / limits.flops_per_s,
+        weights_s=weight_bytes / limits.read_bytes_per_s,
+        linear_compute_s=linear_flops / limits.flops_per_s,
         kv_s=kv_bytes / limits.read_bytes_per_s,
-        attention_compute_s=shape.attention_flops(batch * query_tokens * keys) / limits.flops_per_s,
+        attention_compute_s=attention_flops / limits.flops_per_s,
     )
 
 

@@ -153,10 +153,25 @@ def draft_step_reads(
     return Reads(committed, corner[-1:], order, order[-1:], view, longest_committed + step + 1, uniform, True, rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Promises:
+    """What a back end promises beyond right numbers, for rounds of up to 64 queries; conformance/ holds it to that.
+
+    masks_loads   slots beyond a row's corner may hold NaN. If not, they must hold finite numbers, as KvCache sees to
+    same_alone    a row has the same bits alone as in any batch
+    same_threads  the same bits come out on any number of threads
+    """
+
+    masks_loads: bool = True
+    same_alone: bool = True
+    same_threads: bool = True
+
+
 class AttentionBackend(Protocol):
     """What a back end must offer; `attend` may be called once per layer with one plan."""
 
     name: str
+    promises: Promises
 
     def why_not(self, need: Need) -> str | None:
         """None if this back end can, else one plain sentence."""
@@ -183,6 +198,7 @@ class ReferenceBackend:
     """The meaning: float64, dense, masked loads. For tests and for reading; slow."""
 
     name = "reference"
+    promises = Promises(same_alone=False, same_threads=False)  # sums in float64, in whatever order torch takes
 
     def why_not(self, need: Need) -> str | None:
         if need.softcap or need.sink_logits:
@@ -218,6 +234,7 @@ class SdpaBackend:
     """
 
     name = "sdpa"
+    promises = Promises(masks_loads=False, same_alone=False, same_threads=False)
 
     def why_not(self, need: Need) -> str | None:
         if need.softcap or need.sink_logits:

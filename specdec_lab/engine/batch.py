@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec_kernels.decoder.cpu import Draw
+
 from ..records import KvView
 from .attention import chain_order
-from .sampling import Noise, Processor
+from .sampling import Noise, Processor, Purpose
 
 
 @dataclass(slots=True)
@@ -38,6 +40,15 @@ class Batch:
         self.host_live = live
         rows = [row for row, is_live in enumerate(live) if is_live]
         self.live_rows = None if len(rows) == len(live) else torch.tensor(rows, dtype=torch.int32, device=self.ids.device)
+
+    def draft_draw(self) -> Draw | None:
+        """How drafted tokens are chosen, if a kernel can do it: not with top-k or top-p, whose laws need a sort."""
+        p = self.processor
+        if not p.is_greedy and (p.top_k or p.top_p < 1):
+            return None
+        coupled = self.verifier == "coupled"
+        purpose = Purpose.TARGET if coupled else Purpose.DRAFT
+        return Draw(p.temperature, self.noise.sequences, self.noise.seed, int(purpose), coupled)
 
     def last_tokens(self, count: int) -> Tensor:
         """[B, count] the end of every row's text; its last token is the root."""

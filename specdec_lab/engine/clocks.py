@@ -49,8 +49,8 @@ class Clock(Protocol):
     def linear(self) -> None:
         """The forward leaves attention."""
 
-    def attended(self, ns: int) -> None:
-        """Of the time since the forward started, `ns` were attention, as a kernel that ran all of it measured."""
+    def inside(self, ns: int, phase: Phase | None = None) -> None:
+        """Of the time since the last mark, `ns` belong to `phase` (None: attention): measured by the kernel."""
 
     def pause(self) -> None:
         """The consumer of the stream runs now; its time belongs to nobody."""
@@ -89,12 +89,11 @@ class PhaseClock:
     def linear(self) -> None:
         self.enter(self._linear)
 
-    def attended(self, ns: int) -> None:
-        moment = self._now()
+    def inside(self, ns: int, phase: Phase | None = None) -> None:
         # two readings of one clock: the kernel's interval lies inside ours but for their resolution
-        attention = min(ns, moment - self._since)
-        self._spent[self._attention] += attention
-        self._since += attention
+        part = min(ns, self._now() - self._since)
+        self._spent[self._attention if phase is None else phase] += part
+        self._since += part
 
     def pause(self) -> None:
         self.enter(Phase.HOST)
@@ -125,7 +124,7 @@ class CoarseClock(PhaseClock):
     def linear(self) -> None:
         pass
 
-    def attended(self, ns: int) -> None:
+    def inside(self, ns: int, phase: Phase | None = None) -> None:
         pass
 
     def enter(self, phase: Phase) -> None:

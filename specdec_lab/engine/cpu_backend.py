@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_kernels.build import load_library
 from specdec_kernels.tree_attention import cpu
 
-from .attention import Need, Reads, SdpaBackend
+from .attention import Need, Promises, Reads, SdpaBackend
 from .cache import KvCache
 
 INDEX_BYTES = 4  # of an entry of an index list
@@ -35,6 +35,7 @@ class CpuBackend:
     """Compiled attention at the read limit of a CPU: sinks, windows and tree corners by address, no copies, no masks."""
 
     name = "cpu"
+    promises = Promises()
 
     def __init__(self) -> None:
         self._prompts = SdpaBackend()
@@ -47,8 +48,11 @@ class CpuBackend:
             return "the compiled CPU kernel has no soft-capping, sink logits or sliding-window layers"
         return cpu.why_not(need.head_dim, need.dtype)
 
-    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> Any:
-        """A CpuPlan for rounds, sdpa's plan for prompt chunks."""
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None, growth: int = 0) -> Any:
+        """A CpuPlan for rounds, sdpa's plan for prompt chunks.
+
+        growth  nodes by which the corner may grow before the next plan: a chain drafted in one call
+        """
         if reads.num_queries > cpu.MAX_QUERIES or reads.corner.shape[1] > cpu.MAX_NODES:
             return self._prompts.plan(reads, cache, group, sliding)
         template, corner = self._template(reads, cache, group)
@@ -61,7 +65,9 @@ class CpuBackend:
         if reads.index is not None:
             _point_to_lists(call, reads.index, cache)
         cpu.check_code(library.tree_attention_check(here), call)
+        call.nodes += growth
         workspace = _workspace(cache, library.tree_attention_workspace(here))
+        call.nodes -= growth
         call.workspace = workspace.data_ptr()
         return CpuPlan(call, (committed, rows, workspace, reads.index, *corner), call.index or 0)
 

@@ -38,16 +38,24 @@ class Drafter(Protocol):
 
 
 def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 0) -> tuple[Proposal, DraftCost]:
-    """Draft token by token, each step attending through the view.
+    """Draft a chain, each step attending through the view: in one call where the network can, else token by token.
 
     The cache holds everything before the root but the last `lag` (0 or 1) tokens, which the first step takes in with it.
     """
     assert config.view is not None
     view, clock, rows = config.view, network.clock, network.rows(batch)
-    committed, longest, tokens, laws, cost = network.cache.committed, batch.longest_committed, [], [], []
+    committed, longest, tokens, laws = network.cache.committed, batch.longest_committed, [], []
     computed = [length - 1 for length in batch.lengths_of(rows)]
     fed = batch.last_tokens(lag + 1)
     reads = chain_reads(committed - lag if lag else committed, lag + 1, view, longest - lag, batch.uniform, rows)
+    counts = torch.full_like(committed, config.depth)
+    forwards = [count_forward([n - lag for n in computed], lag + 1, view)]
+    forwards += [count_forward(computed, 1, view, step) for step in range(1, config.depth)]
+    draw = batch.draft_draw()
+    drafted = network.draft_chain(fed, reads, config.depth, draw) if draw is not None else None
+    if drafted is not None:
+        clock.enter(Phase.DRAFT_OTHER)
+        return Proposal(drafted.tokens, counts, drafted.law), DraftCost(tuple(forwards), network.used_threads)
     for step in range(config.depth):
         if step:
             reads = draft_step_reads(committed, step, view, longest, batch.uniform, rows)
@@ -57,11 +65,9 @@ def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 
         tokens.append(token)
         if drawn_from is not None:
             laws.append(drawn_from)
-        cost.append(count_forward(computed if step else [n - lag for n in computed], fed.shape[1], view, step))
         fed = token[:, None]
-    counts, law = torch.full_like(committed, config.depth), torch.stack(laws, 1) if laws else None
-    proposal = Proposal(torch.stack(tokens, 1), counts, law)
-    return proposal, DraftCost(tuple(cost), network.used_threads)
+    proposal = Proposal(torch.stack(tokens, 1), counts, torch.stack(laws, 1) if laws else None)
+    return proposal, DraftCost(tuple(forwards), network.used_threads)
 
 
 @dataclass(slots=True)

@@ -6,10 +6,13 @@ Not known here: who asks, what is accepted.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from specdec_kernels.decoder.cpu import Drafted, Draw
 
 from ..records import KvView
 from .attention import AttentionBackend, Reads, chain_order, chain_reads
@@ -51,14 +54,9 @@ class Network:
 
     def score(self, tokens: Tensor, reads: Reads, last: int, phases: tuple[Phase, Phase]) -> Scores:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
-        if reads.view.kind == "snapkv":
-            assert self.index is not None  # whoever drafts through such a view chooses first
-            reads = replace(reads, index=self.index)
+        reads = self._with_lists(reads)
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
-        kind = (
-            self.runner.fingerprint, self.backend.name, tokens.shape[0], min(tokens.shape[1], 2), reads.view,
-            reads.longest.bit_length(), None if reads.rows is None else reads.rows.shape[0],
-        )  # fmt: skip
+        kind = (min(tokens.shape[1], 2), *self._kind(reads))
 
         if self.runner.device.type != "cpu":
             self.clock.forward(*phases)
@@ -73,6 +71,35 @@ class Network:
         scores = forward(self.clock)
         self.threads.took(kind, time.perf_counter() - start)
         return scores
+
+    def draft_chain(self, tokens: Tensor, reads: Reads, depth: int, draw: Draw) -> Drafted | None:
+        """A chain of `depth` tokens after tokens [B, lag + 1] in one call; None where it must be drafted step by step."""
+        if not self.skips_finished:
+            return None
+        reads = self._with_lists(reads)
+        kind = ("chain", depth, draw.temperature > 0, *self._kind(reads))
+
+        def chain(clock: Clock) -> Drafted | None:
+            return self.runner.draft_chain(tokens, reads, self.cache, self.backend, clock, depth, draw)
+
+        self.used_threads = self.threads.use(kind, lambda: chain(_UNHEARD), self.clock.pause, self.clock.resume)
+        self.clock.forward(*DRAFT)
+        start = time.perf_counter()
+        drafted = chain(self.clock)
+        self.threads.took(kind, time.perf_counter() - start)
+        return drafted
+
+    def _with_lists(self, reads: Reads) -> Reads:
+        """Reads through a SnapKV view, with what it lists."""
+        if reads.view.kind != "snapkv":
+            return reads
+        assert self.index is not None  # whoever drafts through such a view chooses first
+        return replace(reads, index=self.index)
+
+    def _kind(self, reads: Reads) -> tuple[Hashable, ...]:
+        """What a thread count was measured for."""
+        rows = reads.committed.shape[0] if reads.rows is None else reads.rows.shape[0]
+        return self.runner.fingerprint, self.backend.name, rows, str(reads.view), reads.longest.bit_length()
 
     def read(
         self, batch: Batch, known: list[int], view: KvView, phases: tuple[Phase, Phase]

@@ -1,7 +1,7 @@
 """Randomness by counter, and laws: logits to probabilities, draws, Gumbel noise.
 
 Every random number is a function of (seed, sequence, position, purpose), so results depend neither on batch order nor on
-the schedule of drafts. Philox-4x32-10: Salmon 2011. Not known here: models, caches, acceptance.
+the schedule of drafts (specdec_kernels.noise). Not known here: models, caches, acceptance.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+from specdec_kernels.noise import cpu as compiled
+from specdec_kernels.noise import reference
 
 
 class Purpose(IntEnum):
@@ -24,22 +23,6 @@ class Purpose(IntEnum):
     ACCEPT = 1  # the acceptance test
     RESIDUAL = 2  # the token after a rejection, or the bonus token
     TARGET = 3  # Gumbel noise of plain sampling, shared with a coupled draft
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10: four 32-bit words (as int64) per counter; counters broadcast. Equal to the published vectors."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # int64 wraps; the masks below undo the sign
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +35,28 @@ class Noise:
     seed: int
     sequences: Tensor
 
-    @property
-    def _key(self) -> tuple[int, int]:
-        return self.seed & _MASK, (self.seed >> 32) & _MASK
+    def words(self, positions: Tensor, purpose: Purpose, count: int) -> Tensor:
+        """`count` random 32-bit words per position [B, T], as int64 [B, T, count]; from the compiled kernel on a CPU."""
+        make = compiled.words if _is_compiled(positions) else reference.words
+        return make(self.seed, self.sequences, positions, int(purpose), count)
 
     def uniform(self, positions: Tensor, purpose: Purpose) -> Tensor:
         """One float64 in [0, 1) per position [B, T]: 32 random bits."""
-        zero = torch.zeros((), dtype=torch.int64, device=positions.device)
-        words = philox((zero, positions, self.sequences[:, None], zero + int(purpose)), self._key)
-        return words[0].double() * 2.0**-32
+        return self.words(positions, purpose, 1)[..., 0].double() * 2.0**-32
 
     def gumbel(self, positions: Tensor, vocabulary: int, purpose: Purpose) -> Tensor:
         """Standard Gumbel noise [B, T, V] in float64, one number per position and token."""
-        blocks = torch.arange(-(-vocabulary // 4), dtype=torch.int64, device=positions.device)
-        zero = torch.zeros((), dtype=torch.int64, device=positions.device)
-        counter = (blocks, positions[..., None], self.sequences[:, None, None], zero + int(purpose))
-        words = torch.stack(torch.broadcast_tensors(*philox(counter, self._key)), -1).flatten(-2)[..., :vocabulary]
-        return -torch.log(-torch.log((words.double() + 0.5) * 2.0**-32))
+        return -torch.log(-torch.log((self.words(positions, purpose, vocabulary).double() + 0.5) * 2.0**-32))
+
+    def draw(self, law: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        """Tokens [B, T] drawn from law [B, T, V] by the Gumbel-max trick: argmax(log law + the noise of the position)."""
+        is_compiled = law.dtype == torch.float32 and _is_compiled(positions)
+        make = compiled.gumbel_argmax if is_compiled else reference.gumbel_argmax
+        return make(law, self.seed, self.sequences, positions, int(purpose))
+
+
+def _is_compiled(positions: Tensor) -> bool:
+    return positions.device.type == "cpu" and compiled.why_not() is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +95,3 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(-1)
     target = (uniform * cumulative[..., -1])[..., None]
     return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
-
-
-def gumbel_argmax(law: Tensor, noise: Tensor) -> Tensor:
-    """Tokens drawn by the Gumbel-max trick: argmax(log law + noise), [..., V] -> [...]."""
-    return (law.double().log() + noise).argmax(-1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..records import KvView
-from .attention import AttentionBackend, Need, Reads, chain_reads
+from .attention import AttentionBackend, Need, Promises, Reads, chain_reads
 from .batch import Batch, Forward, count_forward
 from .cache import KvCache
 from .clocks import Phase
@@ -59,9 +59,10 @@ class Observer:
     backend: AttentionBackend
     see: Callable[[Tensor, KvCache, int, float], None]
     name: str = field(init=False)
+    promises: Promises = field(init=False)
 
     def __post_init__(self) -> None:
-        self.name = self.backend.name
+        self.name, self.promises = self.backend.name, self.backend.promises
 
     def why_not(self, need: Need) -> str | None:
         """See AttentionBackend.why_not."""

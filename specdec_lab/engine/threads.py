@@ -7,7 +7,8 @@ twenty times as long as one, because each waits for the other at every barrier. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -107,3 +108,14 @@ class Threads:
             work()
             taken.append(self._now() - start)
         return median(taken)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Set torch's thread count, which our kernels follow, and put it back."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)

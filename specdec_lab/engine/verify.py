@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention import chain_order
 from .models.runner import Scores
-from .sampling import Noise, Processor, Purpose, draw, gumbel_argmax
+from .sampling import Noise, Processor, Purpose, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def decide(
     num_drafted = proposal.tokens.shape[1]
     positions = first_position[:, None] + torch.arange(num_drafted + 1, device=law.device)
     if verifier == "coupled" or num_drafted == 0:  # plain sampling is what a coupled run must equal
-        return accept_equal(proposal, gumbel_argmax(law, noise.gumbel(positions, law.shape[-1], Purpose.TARGET)))
+        return accept_equal(proposal, noise.draw(law, positions, Purpose.TARGET))
     return accept_rejection(
         proposal, law, noise.uniform(positions[:, :num_drafted], Purpose.ACCEPT), noise.uniform(positions, Purpose.RESIDUAL)
     )
@@ -105,6 +105,5 @@ def choose_draft(
         return scores.best[:, 0], None
     law = processor.law(scores.logits[:, 0])
     if verifier == "coupled":
-        shared = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)[:, 0]
-        return gumbel_argmax(law, shared), None
+        return noise.draw(law[:, None], position[:, None], Purpose.TARGET)[:, 0], None
     return draw(law, noise.uniform(position[:, None], Purpose.DRAFT)[:, 0]), law

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +20,12 @@ from .reference import Weights
 
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FIRST_TOKEN_CODE = 2_000_000
+MATRICES = ("qkv", "out", "gate", "up", "down")
+VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "out_bias")
 
 
 class _Layer(ctypes.Structure):
-    _fields_: ClassVar[Any] = [(n, _P) for n in ("qkv", "out", "gate", "up", "down", "input_norm", "post_norm", "q_norm", "k_norm",
-                                            "qkv_bias", "out_bias")]  # fmt: skip
+    _fields_: ClassVar[Any] = [(n, _P) for n in (*MATRICES, *VECTORS)]
 
 
 class _Model(ctypes.Structure):
@@ -40,6 +43,38 @@ class _Forward(ctypes.Structure):
         + [(n, _P) for n in ("tokens", "keep", "logits", "best", "scratch")]
         + [("kv_layer", _I64), ("attention_ns", _I64), ("num_keep", _I32)]
     )
+
+
+class _Chain(ctypes.Structure):
+    _fields_: ClassVar[Any] = [
+        ("first", ctypes.POINTER(_Forward)), *((n, _P) for n in ("sequences", "tokens", "laws")), ("seed", ctypes.c_uint64),
+        ("temperature", ctypes.c_float), *((n, _I32) for n in ("depth", "purpose", "coupled")), ("choosing_ns", _I64),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a drafted token is chosen. temperature 0: the most likely one.
+
+    sequences   [B] int64, seed and purpose: the random numbers (specdec_kernels.noise)
+    is_coupled  True: the Gumbel-max draw of its position; False: by the law itself, which is then returned
+    """
+
+    temperature: float
+    sequences: Tensor
+    seed: int
+    purpose: int
+    is_coupled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """tokens [B, depth]; law [B, depth, V] they were drawn from, where one was asked for; nanoseconds by use."""
+
+    tokens: Tensor
+    law: Tensor | None
+    attention_ns: int
+    choosing_ns: int
 
 
 def why_not(weights_dtype: torch.dtype, target: str = "native", folder: Path | None = None) -> str | None:
@@ -65,16 +100,16 @@ class Decoder:
         self._kept: list[Tensor] = []
         layers = (_Layer * len(weights.blocks))()
         for layer, block in zip(layers, weights.blocks, strict=True):
-            for name in ("qkv", "out", "gate", "up", "down"):
+            for name in MATRICES:
                 setattr(layer, name, self._pack(getattr(block, name)))
-            for name in ("input_norm", "post_norm", "q_norm", "k_norm", "qkv_bias", "out_bias"):
+            for name in VECTORS:
                 setattr(layer, name, self._vector(getattr(block, name)))
         vocab, hidden = weights.embedding.shape
-        self.vocab, self._scratch = vocab, torch.empty(0)
+        self.vocab, self._memory = vocab, threading.local()  # two engines may use one model from two threads
         self._model = _Model(
             layers, self._keep(weights.embedding.contiguous()), self._pack(weights.head), self._vector(weights.norm),
-            None, None, 0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim, weights.blocks[0].gate.shape[0],
-            vocab, self._bf16, weights.eps,
+            None, None, 0, len(weights.blocks), hidden, weights.heads, weights.kv_heads, weights.head_dim,
+            weights.blocks[0].gate.shape[0], vocab, self._bf16, weights.eps,
         )  # fmt: skip
         self.set_positions(weights.cosine, weights.sine)
 
@@ -109,17 +144,46 @@ class Decoder:
         keep      [K] int32 query indices; logits [B, K, V] float32 and best [B, K] int64 are filled, but for rows left out
         raises    ValueError for tokens, positions or lengths out of range, before any memory is touched
         """
-        floats = self._library.decoder_scratch(ctypes.byref(self._model), _I64(tokens.numel()), call.threads)
-        if self._scratch.numel() < floats:
-            self._scratch = attention.aligned(floats)
-        forward = _Forward(
-            ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), logits.data_ptr(),
-            best.data_ptr(), self._scratch.data_ptr(), kv_layer, 0, keep.shape[0],
-        )  # fmt: skip
+        forward = self._forward(tokens, call, kv_layer, keep, logits, best)
         code = self._library.decoder_forward(ctypes.byref(forward))
         if code:
             self._refuse(code, tokens, call)
         return int(forward.attention_ns)
+
+    def draft(self, tokens: Tensor, call: attention.Call, kv_layer: int, depth: int, draw: Draw) -> Drafted:
+        """A chain of `depth` tokens after tokens [B, lag + 1] (root last, lag 0 or 1), each appended and attended to.
+
+        call    reads of the first step: a chain of lag + 1 nodes over the committed tokens before them; its workspace must be
+                large enough for lag + depth nodes
+        raises  ValueError as forward, before any memory is touched
+        """
+        batch, width = tokens.shape
+        empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
+        law = None if draw.temperature == 0 or draw.is_coupled else empty(batch, depth, self.vocab)
+        out, step_tokens = empty(batch, depth, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
+        logits, best = torch.empty(batch, 1, self.vocab), torch.empty(batch, 1, dtype=torch.int64)
+        keep, space = torch.tensor([width - 1], dtype=torch.int32), torch.empty(call.threads, self.vocab)
+        first = self._forward(tokens, call, kv_layer, keep, logits, best)
+        chain = _Chain(
+            ctypes.pointer(first), draw.sequences.data_ptr(), out.data_ptr(), law.data_ptr() if law is not None else None,
+            draw.seed & 0xFFFFFFFFFFFFFFFF, draw.temperature, depth, draw.purpose, draw.is_coupled, 0,
+        )  # fmt: skip
+        code = self._library.decoder_draft(ctypes.byref(chain), _P(step_tokens.data_ptr()), _P(space.data_ptr()))
+        if code:
+            self._refuse(code, tokens, call)
+        return Drafted(out, law, int(first.attention_ns), int(chain.choosing_ns))
+
+    def _forward(
+        self, tokens: Tensor, call: attention.Call, kv_layer: int, keep: Tensor, logits: Tensor, best: Tensor
+    ) -> _Forward:
+        floats = self._library.decoder_scratch(ctypes.byref(self._model), _I64(tokens.numel()), call.threads)
+        scratch: Tensor | None = getattr(self._memory, "scratch", None)
+        if scratch is None or scratch.numel() < floats:
+            scratch = self._memory.scratch = attention.aligned(floats)
+        return _Forward(
+            ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), logits.data_ptr(),
+            best.data_ptr(), scratch.data_ptr(), kv_layer, 0, keep.shape[0],
+        )  # fmt: skip
 
     def _refuse(self, code: int, tokens: Tensor, call: attention.Call) -> None:
         if code >= FIRST_TOKEN_CODE:
@@ -128,7 +192,10 @@ class Decoder:
                 f"decoder refused: token {int(tokens[row, query])} of row {row}, query {query} is not one of {self.vocab} ids, "
                 f"or lies beyond the {self._model.positions} positions of the rotary table"
             )
-        what = {8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing"}
+        what = {
+            8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing",
+            11: f"a chain this deep does not fit into 64 nodes, {call.slots} slots and {self._model.positions} positions",
+        }  # fmt: skip
         if code in what:
             raise ValueError(f"decoder refused: {what[code]}")
         attention.check_code(code, call)

@@ -173,7 +173,7 @@ INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, 
 
 INLINE void weigh_rows(float *acc, const float *p, const void *v, const int64_t *at, int64_t ahead, int keys, int rows, int dim,
                        int bf16) {
-    int vectors = dim / W; /* rows is a power of two, so no row is left over */
+    int vectors = dim / W;
     for (int r = 0; r < rows; r += PV_ROWS) {
         int some = rows - r < PV_ROWS ? rows - r : PV_ROWS;
         for (int c = 0; c < vectors; c += PV_VECTORS) {
@@ -186,6 +186,7 @@ INLINE void weigh_rows(float *acc, const float *p, const void *v, const int64_t 
             WEIGH_ROWS(1);
             WEIGH_ROWS(2);
 #if PV_ROWS == 4
+            WEIGH_ROWS(3);
             WEIGH_ROWS(4);
 #endif
         }
@@ -228,29 +229,28 @@ INLINE void block_rows(const float *q, const void *k, const void *v, const int64
     weigh_rows(acc, scores, v, at, ahead, keys, rows, dim, bf16);
 }
 
-#define DISPATCH_ROWS(DIM, BF)                                                                                        \
-    switch (rows) {                                                                                                   \
-    case 1: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 1, DIM, BF); break;                           \
-    case 2: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 2, DIM, BF); break;                           \
-    case 4: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 4, DIM, BF); break;                           \
-    case 8: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, 8, DIM, BF); break;                                         \
-    }
+#define ROWS_CASE(R, DIM, BF)                                                                                         \
+    case R: block_rows(q, k, v, at, ahead, keys, mask, m, l, acc, R, DIM, BF); break
+#define EVERY(DIM, BF)                                                                                                \
+    ROWS_CASE(3, DIM, BF); ROWS_CASE(5, DIM, BF); ROWS_CASE(6, DIM, BF); ROWS_CASE(7, DIM, BF);
+#define POWERS(DIM, BF) ROWS_CASE(1, DIM, BF); ROWS_CASE(2, DIM, BF); ROWS_CASE(4, DIM, BF); ROWS_CASE(8, DIM, BF);
 
 #define BLOCK_ARGUMENTS                                                                                               \
     const float *q, const void *k, const void *v, const int64_t *at, int64_t ahead, int keys, const float *mask,       \
         float *m, float *l,  \
         float *acc, int rows, int dim
-#define BLOCK_FUNCTION(NAME, DIM, BF)                                                                                 \
+#define BLOCK_FUNCTION(NAME, DIM, BF, MORE)                                                                           \
     static __attribute__((noinline)) void NAME(BLOCK_ARGUMENTS) {                                                     \
         (void)dim;                                                                                                    \
-        DISPATCH_ROWS(DIM, BF)                                                                                        \
+        switch (rows) { POWERS(DIM, BF) MORE(DIM, BF) }                                                                \
     }
-BLOCK_FUNCTION(block_f32_64, 64, 0)
-BLOCK_FUNCTION(block_f32_128, 128, 0)
-BLOCK_FUNCTION(block_f32_any, dim, 0)
-BLOCK_FUNCTION(block_bf16_64, 64, 1)
-BLOCK_FUNCTION(block_bf16_128, 128, 1)
-BLOCK_FUNCTION(block_bf16_any, dim, 1)
+#define NONE(DIM, BF)
+BLOCK_FUNCTION(block_f32_64, 64, 0, EVERY) /* every number of rows: a pass less over the keys for 3, 5, 6, 7 */
+BLOCK_FUNCTION(block_f32_128, 128, 0, NONE)
+BLOCK_FUNCTION(block_f32_any, dim, 0, NONE)
+BLOCK_FUNCTION(block_bf16_64, 64, 1, EVERY)
+BLOCK_FUNCTION(block_bf16_128, 128, 1, NONE)
+BLOCK_FUNCTION(block_bf16_any, dim, 1, NONE)
 typedef void (*BlockFn)(BLOCK_ARGUMENTS);
 
 static BlockFn block_function(const Call *c) {
@@ -260,7 +260,7 @@ static BlockFn block_function(const Call *c) {
 }
 
 /* The keys of one sequence as a list: first the index list or the sinks, then one range that ends with the corner. An index
- * list is read as far as there are committed keys before the range: ascending and distinct, it then holds none of the range. */
+ * list is read as far as there are committed keys before the range; one that is longer than that names 0, 1, 2, ... */
 typedef struct {
     int64_t head, from, total; /* keys before the range; first slot of the range; all keys */
 } Keys;
@@ -361,7 +361,7 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
             int masked = count < BLOCK || n0 + count > clear_to || (mixed && n0 < clear_from && n0 + count > keys.head);
             for (int r0 = 0, some; r0 < many; r0 += some) {
                 int row = first + r0, left = many - r0;
-                some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                some = left >= 8 ? 8 : c->dim == 64 ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
                 if (masked)
                     for (int r = 0; r < some; r++)
                         for (int i = 0; i < BLOCK; i++)
@@ -415,13 +415,15 @@ int tree_attention_check_index(const Call *c, int layers) {
     return 0;
 }
 
-/* 0, or 1000 + b: row b would read a listed key of its window, or beyond. Enough where the lists are known to ascend. */
+/* 0, or 1000 + b: row b would read a listed key of its window, or beyond. Enough where the lists are known to ascend, for
+ * this call and deeper queries: a list ends before the window, or is 0, 1, 2, ... as far as it can ever be read. */
 static int check_ends(const Call *c, const int32_t *index) {
     for (int b = 0; b < c->batch; b++) {
-        Keys keys = keys_of(c, b);
-        for (int h = 0; keys.head && h < c->kv_heads; h++) {
+        int64_t from = keys_of(c, b).from, entries = c->index_len < c->committed[b] ? c->index_len : c->committed[b];
+        for (int h = 0; entries && h < c->kv_heads; h++) {
             const int32_t *list = index + ((int64_t)b * c->kv_heads + h) * c->index_len;
-            if (list[0] < 0 || list[keys.head - 1] >= keys.from) return 1000 + b;
+            int32_t last = list[entries - 1];
+            if (list[0] < 0 || (entries > from ? last != entries - 1 : last >= from)) return 1000 + b;
         }
     }
     return 0;

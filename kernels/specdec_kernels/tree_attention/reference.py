@@ -21,7 +21,7 @@ def tree_attention(
     node_depth  [C] int32 distance from the root; position = committed + depth. query_node [T]: the node that a query is
     recent      0: everything is visible. Else a key at position p is visible from position x iff p < sink or x - p < recent
     index       [B, Hkv, N] int32 slots that stay visible instead of the sinks (SnapKV), ascending, or None. A list is read as
-                far as there are committed keys before the window of the shallowest query, so that no key is read twice
+                far as there are committed keys before the window of the shallowest query; one that is longer names 0, 1, 2, ...
     returns     o [B, T, Hq, D] and the natural log-sum-exp [B, T, Hq], both float64; a query that sees nothing: 0 and -inf
     """
     batch, _, heads, _ = q.shape

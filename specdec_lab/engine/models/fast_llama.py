@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec_kernels.decoder import cpu as decoder
-from specdec_kernels.decoder.cpu import Decoder
+from specdec_kernels.decoder.cpu import Decoder, Drafted, Draw
 from specdec_kernels.decoder.reference import Block, Weights
+from specdec_kernels.tree_attention.cpu import Call
 
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache, available_bytes
-from ..clocks import Clock
-from ..cpu_backend import CpuPlan
+from ..clocks import Clock, Phase
+from ..cpu_backend import CpuBackend, CpuPlan
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -227,9 +228,27 @@ class FastLlama:
         empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
         logits = empty(tokens.shape[0], keep.shape[0], self.shape.vocab)
         best = empty(logits.shape[:2], dtype=torch.int64)
-        call.k, call.v, call.scale = cache.kv.data_ptr(), cache.kv[0, 1].data_ptr(), self._scale
-        clock.attended(compiled.forward(tokens.contiguous(), call, cache.kv.stride(0), keep.to(torch.int32), logits, best))
+        self._point(call, cache)
+        clock.inside(compiled.forward(tokens.contiguous(), call, cache.kv.stride(0), keep.to(torch.int32), logits, best))
         return Scores(logits, best)
+
+    def _point(self, call: Call, cache: KvCache) -> None:
+        """Let a call read the keys and values of the first layer."""
+        call.k, call.v, call.scale = cache.kv.data_ptr(), cache.kv[0, 1].data_ptr(), self._scale
+
+    def draft_chain(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    ) -> Drafted | None:
+        """See Runner.draft_chain."""
+        compiled = self._compiled(backend)
+        if compiled is None or not isinstance(backend, CpuBackend):
+            return None
+        plan = backend.plan(reads, cache, self.shape.heads // self.shape.kv_heads, growth=depth)
+        self._point(plan.call, cache)
+        drafted = compiled.draft(tokens.contiguous(), plan.call, cache.kv.stride(0), depth, draw)
+        clock.inside(drafted.attention_ns)
+        clock.inside(drafted.choosing_ns, Phase.DRAFT_OTHER)
+        return drafted
 
     def _by_layer(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, plan: Any, clock: Clock,

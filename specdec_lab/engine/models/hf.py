@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.decoder.cpu import Draw
+
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
@@ -124,6 +126,12 @@ class HFRunner:
             logits_to_keep=kept[:1] if keep is None else kept, sd_ctx=context,
         ).logits
         return Scores(out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1]))
+
+    def draft_chain(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    ) -> None:
+        """Never in one call."""
+        return None  # noqa: RET501  # the protocol's answer, not the absence of one
 
     def why_not_compiled(self, backend: AttentionBackend) -> str | None:
         """Never: the forward is transformers' own."""

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec_kernels.decoder.cpu import Drafted, Draw
+
 from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
@@ -62,6 +64,14 @@ class Runner(Protocol):
         """tokens [B, T] -> logits [B, K, V] at the query indices keep [K] (None: no logits, [B, 0, V]).
 
         Writes K/V of every token at its slot; tokens where padding [B, T] is True go to the scratch slot.
+        """
+
+    def draft_chain(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    ) -> Drafted | None:
+        """A chain of `depth` tokens after tokens [B, lag + 1] in one call; None where it must be drafted step by step.
+
+        reads  of the first step; the following ones see one node more each
         """
 
     def why_not_compiled(self, backend: AttentionBackend) -> str | None:
