@@ -20,8 +20,9 @@ from specdec_lab.engine.attention import Need, Reads, SdpaBackend, chain_reads, 
 from specdec_lab.engine.backends import BACKENDS
 from specdec_lab.engine.batch import count_forward
 from specdec_lab.engine.cache import KvCache
+from specdec_lab.engine.sampling import Processor
 from specdec_lab.records import KvView, UnsupportedConfig
-from test_lossless import noisy_copy
+from test_lossless import SAMPLING, chi_square_p, exact_law, noisy_copy, sampled
 
 RUNNABLE = [name for name, b in BACKENDS.items() if b.why_not(Need("cpu", torch.float32, 16, 2, index_list=True)) is None]
 NEEDS_KERNEL = pytest.mark.skipif("cpu" not in RUNNABLE, reason="no compiled kernel here")
@@ -384,6 +385,12 @@ def test_a_drafts_law_through_lists_leaves_the_samples_of_plain_decoding():
     assert out.summary.num_accepted_draft_tokens > 0
 
 
+def test_sampled_text_follows_the_joint_law_of_the_target():
+    tokens, accepted = sampled("self:snapkv1+2r2/chain3")
+    assert chi_square_p(tokens, exact_law(tiny.model("llama", **SAMPLING), Processor(0.9))) > 1e-3
+    assert accepted > 0
+
+
 # --- when and at what cost ------------------------------------------------------------------------------------------
 
 
@@ -499,6 +506,11 @@ def test_a_second_network_refuses_lists_and_says_why():
     engine = sd.Engine(sd.load(tiny.model("llama"), tiny.model("llama")))
     with pytest.raises(UnsupportedConfig, match=r"SnapKV chooses among the target's own keys.* such as model:4\+8/chain3"):
         engine.generate([[1, 2, 3]], "model:snapkv64+8/chain3")
+
+
+def test_a_tree_refuses_lists_and_says_so():
+    with pytest.raises(UnsupportedConfig, match=r"draft chains, not trees yet. Use a window such as self:4\+8/chain2"):
+        engine_of(tiny.model("llama")).generate([[1, 2, 3]], "self:snapkv64+8/2,1")
 
 
 def test_sliding_window_layers_refuse_lists_and_say_why():

@@ -77,12 +77,12 @@ class Session:
         if config.is_off:
             return
         assert config.tree is not None
+        if config.view is not None and config.view.kind == "snapkv" and (reason := self._why_no_snapkv(config)):
+            raise UnsupportedConfig(f"{config}: {reason}. "
+                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/chain{config.depth}.")
         if not config.tree.is_chain:
             raise UnsupportedConfig(f"{config}: this engine drafts chains; a tree of {config.tree.num_nodes} nodes is not one. "
                                     f"Use {config.drafter}{f':{config.view}' if config.view else ''}/chain{config.depth}.")
-        if config.view is not None and config.view.kind == "snapkv" and (reason := self._why_no_snapkv(config)):
-            raise UnsupportedConfig(f"{config}: {reason}. "
-                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
         if config.drafter == "model" and self._pair.draft is None:
             raise UnsupportedConfig(
                 f"{config}: no draft model is loaded. Load one with load(..., draft=...), or draft with self or ngram."
@@ -93,6 +93,8 @@ class Session:
     def _why_no_snapkv(self, config: SpecConfig) -> str | None:
         if config.drafter != "self":
             return "SnapKV chooses among the target's own keys, and a second network reads its own text through windows"
+        if config.tree is not None and not config.tree.is_chain:
+            return "SnapKV views draft chains, not trees yet"
         return self._target.backend.why_not(replace(self._pair.target.need(), index_list=True))
 
     def rewind(self) -> None:
