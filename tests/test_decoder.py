@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ class Case:
     """A forward of `queries` tokens over a ragged, poisoned cache; run() gives what the kernel made of it."""
 
     def __init__(self, seed, *, batch=3, queries=5, slots=150, kv_dtype=torch.float32, committed=None, chain=True, sink=0,
-                 recent=0, **sizes):  # fmt: skip
+                 recent=0, listed=0, **sizes):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         self.weights = weights(g, **sizes)
         w = self.weights
@@ -63,12 +64,19 @@ class Case:
         for row, length in enumerate(self.committed.tolist()):
             self.kv[:, :, row, :, length:] = NAN
         self.view, self.scale = {"sink": sink, "recent": recent}, w.head_dim**-0.5
+        self.index = None  # [layers, B, Hkv, listed] positions before the window, all of them where they are few
+        if listed:
+            self.index = torch.arange(listed, dtype=torch.int32).repeat(len(w.blocks), len(self.committed), w.kv_heads, 1)
+            for layer, row, head in itertools.product(*map(range, self.index.shape[:3])):
+                before = int(self.committed[row]) + 1 - recent
+                if before > listed:
+                    self.index[layer, row, head] = torch.randperm(before, generator=g)[:listed].sort().values
 
     def expected(self):
         kv = self.kv.clone()
         keep = torch.arange(self.tokens.shape[1])
         arguments = (self.tokens, kv, self.committed, self.corner, self.depth, self.nodes, keep)
-        logits, best = reference.decoder(self.weights, *arguments, scale=self.scale, **self.view)
+        logits, best = reference.decoder(self.weights, *arguments, scale=self.scale, index=self.index, **self.view)
         return logits, best, kv
 
     def call(self, kv, target, threads, rows, growth=0):
@@ -83,6 +91,8 @@ class Case:
         _, _, call.kv_batch, call.kv_head, call.kv_slot, _ = kv.stride()
         call.sink, call.recent, call.bf16, call.threads = *self.view.values(), int(kv.dtype == torch.bfloat16), threads
         call.scale = self.scale
+        if self.index is not None:
+            call.index, call.index_len, call.index_layer = self.index.data_ptr(), self.index.shape[3], self.index.stride(0)
         if rows is not None:
             rows = torch.tensor(rows, dtype=torch.int32)
             call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
@@ -220,6 +230,25 @@ def test_rows_that_are_left_out_cost_nothing_and_stay_untouched(rows):
             assert (logits[row] == -7).all()
             assert (best[row] == -7).all()
             assert torch.equal(kv[:, :, row].nan_to_num(), case.kv[:, :, row].nan_to_num())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recent", [1, 9, 40])
+@pytest.mark.parametrize("listed", [1, 30, 70])
+def test_every_layer_reads_its_own_lists(target, listed, recent):
+    for queries, chain in ((1, True), (4, True), (5, False)):
+        committed = [0, 1, 30, 64, 130]
+        lists = {"recent": recent, "listed": listed, "layers": 3}
+        case = Case(listed + recent, batch=5, queries=queries, committed=committed, chain=chain, **lists)
+        assert_equals_reference(case, target=target)
+    assert not torch.equal(case.index[0], case.index[2])
+
+
+def test_a_list_of_any_layer_that_reaches_into_the_window_is_refused_before_memory_is_touched():
+    case = Case(3, batch=2, queries=1, committed=[90, 100], recent=8, listed=5, layers=3)
+    case.index[2, 1, 0, -1] = 95
+    with pytest.raises(ValueError, match="row 1 has .*window of 8"):
+        case.run()
 
 
 def test_only_the_kept_queries_are_scored():

@@ -92,6 +92,17 @@ def test_an_index_list_takes_the_place_of_the_sinks(target):
     assert_equals_reference(arguments, target, recent=16, index=index.view(2, 2, 31))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("entries", [1, 63, 64, 65, 2040, 2100])
+def test_a_list_is_read_up_to_the_window_in_lengths_around_blocks_and_chunks(target, entries):
+    committed = [0, 5, entries + 14, 2200]
+    q, k, v, _, corner, depth, nodes = case(entries, batch=4, queries=3, slots=2300, committed=committed)
+    index = torch.arange(entries).repeat(4, 2, 1)
+    g = torch.Generator().manual_seed(1)
+    index[3] = torch.stack([torch.randperm(2185, generator=g)[:entries].sort().values for _ in "kv"])
+    assert_equals_reference((q, k, v, torch.tensor(committed), corner, depth, nodes), target, recent=16, index=index)
+
+
 def test_a_chain_is_causal_attention():
     q, k, v, _, corner, depth, nodes = case(5, batch=1, queries=9, heads=2, slots=73, chain=True, committed=[64])
     o, _ = cpu.tree_attention(q, k, v, torch.tensor([64]), corner, depth, nodes, scale=0.125)

@@ -100,7 +100,7 @@ def test_prompts_around_block_sizes(length, config):
         assert out.summary.draft_acceptance_rate == 1.0
 
 
-@pytest.mark.parametrize("config", ["self:4+12/chain3", "model:4+12/chain4", "ngram/chain6"])
+@pytest.mark.parametrize("config", ["self:4+12/chain3", "self:snapkv8+4r8/chain3", "model:4+12/chain4", "ngram/chain6"])
 def test_the_cache_after_every_round_is_that_of_plain_decoding(config):
     made = tiny.model("llama")
     pair = sd.load(made, noisy_copy(tiny.model("llama"), 0.05))

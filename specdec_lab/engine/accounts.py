@@ -54,9 +54,12 @@ def count(runner: Runner, forwards: Sequence[Forward], threads: int) -> Counted:
         return Counted()
     shape, tokens = runner.shape, sum(f.rows * f.queries for f in forwards)
     kv = shape.kv_bytes_per_token(runner.kv_dtype.itemsize)
+    # a key without its value is half a KV row, and half of attention's FLOPs
+    doubled_keys = sum(2 * f.keys + f.scored_keys for f in forwards)
+    doubled_pairs = sum(2 * f.pairs + f.scored_pairs for f in forwards)
     return Counted(
-        kv * sum(f.keys for f in forwards), kv * tokens, len(forwards) * shape.weight_bytes(runner.dtype.itemsize),
-        shape.linear_flops(tokens), shape.attention_flops(sum(f.pairs for f in forwards)),
+        kv * doubled_keys // 2, kv * tokens, len(forwards) * shape.weight_bytes(runner.dtype.itemsize),
+        shape.linear_flops(tokens), shape.attention_flops(doubled_pairs) // 2,
         max(f.queries for f in forwards), threads,
     )
 

@@ -46,11 +46,12 @@ class Reads:
     node_depths   [C] distance of each corner node from the root; its position is committed + depth
     query_nodes   [T] which corner node each query is
     view          what of prefix and corner is visible at all: a key at position p is seen from position q iff
-                  p < sink or q - p < recent (a window), always (full)
+                  p < sink or q - p < recent (a window), q - p < recent or it is listed (snapkv), always (full)
     longest       max(committed) + C, a host integer
     uniform       all rows have equal committed length
     causal        the corner is a chain: every query sees all nodes before it
     rows          [R] int32 sequences that still emit, where not all do: a back end may leave the others alone
+    index         [layers, B, Hkv, N] int32 slots listed by SnapKV, ascending; a list counts as far as num_listed says
     """
 
     committed: Tensor
@@ -62,6 +63,7 @@ class Reads:
     uniform: bool
     causal: bool = False
     rows: Tensor | None = None
+    index: Tensor | None = None
 
     @property
     def num_queries(self) -> int:
@@ -94,12 +96,33 @@ class Reads:
         seen = (node < 0)[:, None, :] | ((node >= 0) & (node < num_nodes))[:, None, :] & self.corner[:, inside].transpose(0, 1)
         depth = torch.where(node < 0, node, self.node_depths[inside])  # distance from the root, prefix negative
         distance = self.node_depths[self.query_nodes][None, :, None] - depth[:, None, :]
+        if self.view.kind == "snapkv":
+            seen = seen & (distance < self.view.recent)  # the lists, which differ by layer and head, are not in here
         if self.view.kind == "window":
             position = self.committed[: depth.shape[0], None] + depth
             seen = seen & ((distance < self.view.recent) | (position < self.view.sink)[:, None, :])
         if sliding is not None:
             seen = seen & (distance < sliding)
         return seen
+
+    @property
+    def num_listed(self) -> Tensor:
+        """[B] how many entries of a row's lists count: as many as there are committed keys before the shallowest window.
+
+        So that no key is read twice; lists of rows with fewer keys name all of them, and grow with the row.
+        """
+        assert self.index is not None
+        before = self.committed + (self.node_depths[self.query_nodes].min() - self.view.recent + 1)
+        return before.clamp(min=0, max=self.index.shape[-1]).minimum(self.committed)
+
+    def listed(self, layer: int, slots: int) -> Tensor:
+        """Which of the first slots a layer's lists name: bool [B, Hkv, slots]. With `visible`, this is the definition."""
+        assert self.index is not None
+        lists = self.index[layer].long()
+        counts = torch.arange(lists.shape[-1], device=lists.device) < self.num_listed[:, None, None]
+        # entries that do not count go to one slot more, cut off
+        named = torch.zeros(*lists.shape[:2], slots + 1, dtype=torch.bool, device=lists.device)
+        return named.scatter_(2, torch.where(counts, lists, slots), True)[..., :slots]
 
 
 @lru_cache(maxsize=512)
@@ -168,6 +191,7 @@ class DensePlan:
     longest: int
     mask: Tensor | None  # [B or 1, 1, T*G or T, N], additive for sdpa, bool for the reference
     causal: bool = False
+    reads: Reads | None = None  # where index lists add keys to these, before them; the mask of sdpa covers both
 
 
 class ReferenceBackend:
@@ -179,21 +203,27 @@ class ReferenceBackend:
     def why_not(self, need: Need) -> str | None:
         if need.softcap or need.sink_logits:
             return "reference does not implement logit soft-capping or sink logits"
-        return "reference attends through index lists only in a later version" if need.index_list else None
+        return _why_no_lists(need)
 
     def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> DensePlan:
         slots = torch.arange(reads.longest, device=reads.committed.device)[None].expand(reads.committed.shape[0], -1)
-        return DensePlan(None, reads.longest, reads.visible(slots, sliding)[:, None])
+        listed = None if reads.index is None else reads
+        return DensePlan(None, reads.longest, reads.visible(slots, sliding)[:, None], reads=listed)
 
     def attend(self, q: Tensor, cache: KvCache, layer: int, plan: DensePlan, scale: float) -> Tensor:
         k, v = (part[:, :, : plan.longest].double() for part in cache.layer(layer))  # [B, H, N, D]
         assert plan.mask is not None
-        read = plan.mask.any(-2)[..., None]  # [B, 1, N, 1]: a slot nobody sees may hold NaN
+        mask = plan.mask  # [B, 1 or Hkv, T, N]
+        if plan.reads is not None:
+            mask = mask | plan.reads.listed(layer, plan.longest)[:, :, None]
+        read = mask.any(-2)[..., None]  # [B, 1 or Hkv, N, 1]: a slot nobody sees may hold NaN
         k, v = torch.where(read, k, 0.0), torch.where(read, v, 0.0)
         group = q.shape[2] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(group, 1)
         scores = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale
-        out: Tensor = scores.masked_fill(~plan.mask, -torch.inf).softmax(-1) @ v
+        out: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         return out.transpose(1, 2).to(q.dtype)
 
 
@@ -209,12 +239,14 @@ class SdpaBackend:
     def why_not(self, need: Need) -> str | None:
         if need.softcap or need.sink_logits:
             return "sdpa has no logit soft-capping and no sink logits"
-        return "sdpa does not read index lists (SnapKV)" if need.index_list else None
+        return _why_no_lists(need)
 
     def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> DensePlan:
         if reads.is_causal_prefill and sliding is None:
             return DensePlan(None, reads.longest, None, causal=True)
         dtype = cache.kv.dtype
+        if reads.index is not None:
+            return self._plan_lists(reads, group, dtype)
         width = (reads.view.max_tokens or 0) + reads.corner.shape[1]
         if reads.view.kind == "window" and width < reads.longest:
             slots, valid = self._window_slots(reads, width)
@@ -224,6 +256,15 @@ class SdpaBackend:
         if reads.uniform and reads.causal and reads.num_queries == 1 and reads.view.kind == "full" and sliding is None:
             return DensePlan(None, reads.longest, None)  # one query sees everything
         return DensePlan(None, reads.longest, _additive(reads.visible(keys, sliding), group, dtype))
+
+    def _plan_lists(self, reads: Reads, group: int, dtype: torch.dtype) -> DensePlan:
+        """Listed keys, then the window: which entries count depends on the row, so one mask serves all layers and heads."""
+        assert reads.index is not None
+        slots, valid = self._window_slots(reads, min(reads.view.recent + reads.corner.shape[1], reads.longest))
+        near = reads.visible(slots) & valid[:, None]  # [B, T, window]
+        listed = torch.arange(reads.index.shape[-1], device=slots.device) < reads.num_listed[:, None]
+        both = torch.cat([listed[:, None].expand(-1, near.shape[1], -1), near], -1)
+        return DensePlan(slots, reads.longest, _additive(both, group, dtype), reads=reads)
 
     @staticmethod
     def _window_slots(reads: Reads, width: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +278,11 @@ class SdpaBackend:
         return slots.clamp(min=0), valid
 
     def attend(self, q: Tensor, cache: KvCache, layer: int, plan: DensePlan, scale: float) -> Tensor:
-        if plan.slots is not None:
+        if plan.reads is not None and plan.reads.index is not None and plan.slots is not None:
+            lists = plan.reads.index[layer]
+            near = plan.slots[:, None].expand(-1, lists.shape[1], -1)
+            k, v = cache.gather(layer, torch.cat([lists, near], -1))
+        elif plan.slots is not None:
             k, v = cache.gather(layer, plan.slots)
         else:
             k, v = (part[:, :, : plan.longest] for part in cache.layer(layer))
@@ -254,6 +299,12 @@ class SdpaBackend:
         folded = folded.reshape(batch, heads // group, group * queries, dim)
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=plan.mask, scale=scale)
         return out.view(batch, heads // group, group, queries, dim).permute(0, 3, 1, 2, 4).reshape(q.shape).to(given)
+
+
+def _why_no_lists(need: Need) -> str | None:
+    if need.index_list and need.sliding:
+        return "index lists (SnapKV) and a model's own sliding-window layers are not read together"
+    return None
 
 
 def _additive(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:

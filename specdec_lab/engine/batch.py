@@ -85,20 +85,26 @@ class Forward:
     queries  tokens per row, padding included
     keys     KV rows per head, each counted once however many queries read it
     pairs    query-key pairs
+    scored_keys, scored_pairs  the same beside attention where keys are only scored and their values stay unread
     """
 
     rows: int
     queries: int
     keys: int
     pairs: int
+    scored_keys: int = 0
+    scored_pairs: int = 0
 
 
 def count_forward(committed: list[int], queries: int, view: KvView, before: int = 0) -> Forward:
     """The counts of a forward of `queries` chained tokens per row, `before` drafted ones of the round already appended."""
     keys = pairs = 0
-    most = view.max_tokens
+    most = view.recent if view.kind == "snapkv" else view.max_tokens
     for length in committed:
         first = length + before  # position of the first query
+        if view.kind == "snapkv":  # what is listed before its window, every query reads
+            listed = min(view.budget, max(first - view.recent + 1, 0), length)
+            keys, pairs = keys + listed, pairs + queries * listed
         whole = queries if most is None else min(max(most - first, 0), queries)  # queries that see all before them
         pairs += whole * first + whole * (whole + 1) // 2 + (queries - whole) * (most or 0)
         seen = first + queries

@@ -81,8 +81,8 @@ class KvCache:
         self._flat[layer].index_copy_(0, index, kv.reshape(-1, self.head_dim).to(self.kv.dtype))
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of K and V at slots [B, N], each [B, Hkv, N, D]."""
-        index = (self._row_starts + slots[:, None, :]).reshape(-1)
+        """Copies of K and V at slots [B, N], or [B, Hkv, N] where heads differ; each [B, Hkv, N, D]."""
+        index = (self._row_starts + (slots if slots.dim() == 3 else slots[:, None, :])).reshape(-1)
         both = self._flat[layer].index_select(0, index).view(2, self.batch, self.kv_heads, -1, self.head_dim)
         return both[0], both[1]
 

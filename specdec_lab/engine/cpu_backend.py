@@ -19,6 +19,8 @@ from specdec_kernels.tree_attention import cpu
 from .attention import Need, Promises, Reads, SdpaBackend
 from .cache import KvCache
 
+INDEX_BYTES = 4  # of an entry of an index list
+
 
 @dataclass(slots=True)
 class CpuPlan:
@@ -26,6 +28,7 @@ class CpuPlan:
 
     call: cpu.Call
     kept: tuple[Tensor | None, ...]
+    index: int = 0  # where layer 0's index lists begin; 0: there are none
 
 
 class CpuBackend:
@@ -59,12 +62,14 @@ class CpuBackend:
         if rows is not None:
             call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
         library, here = load_library(), ctypes.byref(call)
+        if reads.index is not None:
+            _point_to_lists(call, reads.index, cache)
         cpu.check_code(library.tree_attention_check(here), call)
         call.nodes += growth
         workspace = _workspace(cache, library.tree_attention_workspace(here))
         call.nodes -= growth
         call.workspace = workspace.data_ptr()
-        return CpuPlan(call, (committed, rows, workspace, *corner))
+        return CpuPlan(call, (committed, rows, workspace, reads.index, *corner), call.index or 0)
 
     def _template(self, reads: Reads, cache: KvCache, group: int) -> tuple[cpu.Call, tuple[Tensor, ...]]:
         """What a call over this cache holds whatever the lengths are; that of a chain is made once per cache."""
@@ -80,8 +85,7 @@ class CpuBackend:
         call.queries, call.heads, call.nodes = reads.num_queries, cache.kv_heads * group, reads.corner.shape[1]
         _, _, call.kv_batch, call.kv_head, call.kv_slot, _ = cache.kv.stride()
         call.slots, call.bf16 = cache.slots, int(cache.kv.dtype == torch.bfloat16)
-        if view.kind == "window":
-            call.sink, call.recent = view.sink, view.recent
+        call.sink, call.recent = view.sink, view.recent  # both 0 where everything is visible
         if reads.causal:
             cache.prepared[key] = call, corner
         return call, corner
@@ -98,8 +102,24 @@ class CpuBackend:
         call.q_batch, call.q_query, call.q_head, _ = queries.stride()
         call.out_batch, call.out_query, call.out_head, _ = out.stride()
         call.scale = scale
+        if plan.index:
+            call.index = plan.index + layer * call.index_layer * INDEX_BYTES
         cpu.check_code(load_library().tree_attention(ctypes.byref(call)), call)
         return out.to(q.dtype)
+
+
+def _point_to_lists(call: cpu.Call, index: Tensor, cache: KvCache) -> None:
+    """Let a call read index lists [layers, B, Hkv, N]; they are checked whole when first seen."""
+    call.index, call.index_len, call.index_layer = index.data_ptr(), index.shape[3], index.stride(0)
+    if cache.prepared.get("checked lists") is not index:
+        wanted = cache.kv.shape[0], cache.batch, cache.kv_heads
+        if index.dtype != torch.int32 or not index.is_contiguous() or tuple(index.shape[:3]) != wanted:
+            raise ValueError(
+                f"index lists are contiguous int32 [layers, batch, KV heads, N], here [{', '.join(map(str, wanted))}, N]; got "
+                f"{index.dtype} {list(index.shape)}"
+            )
+        cpu.check_code(load_library().tree_attention_check_index(ctypes.byref(call), index.shape[0]), call)
+        cache.prepared["checked lists"] = index
 
 
 def _workspace(cache: KvCache, floats: int) -> Tensor:

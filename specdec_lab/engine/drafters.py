@@ -16,6 +16,7 @@ from .attention import chain_reads, draft_step_reads
 from .batch import Batch, Forward, count_forward
 from .clocks import Clock, Phase
 from .network import DRAFT, Network
+from .snapkv import SnapKv
 from .verify import Proposal, choose_draft
 
 NGRAM_SIZES = (4, 3, 2)  # longest match first
@@ -74,11 +75,25 @@ class SelfDrafter:
     """The target itself, reading its own KV through a view: no second cache, no copy (MagicDec 2024, our design)."""
 
     network: Network
+    snapkv: SnapKv = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.snapkv = SnapKv(self.network)
 
     def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
-        """See Drafter.propose."""
+        """See Drafter.propose. First chooses what the view lists, where that is due."""
+        chosen = self.choose(batch, config, clock)
+        proposal, cost = _draft_chain(self.network, batch, config)
+        return proposal, DraftCost(chosen.forwards + cost.forwards, cost.threads)
+
+    def choose(self, batch: Batch, config: SpecConfig, clock: Clock) -> DraftCost:
+        """Make the lists of a SnapKV view current."""
         clock.enter(Phase.DRAFT_OTHER)
-        return _draft_chain(self.network, batch, config)
+        if config.view is None or config.view.kind != "snapkv":
+            return DraftCost()
+        lists, forwards = self.snapkv.lists(batch, config.view)
+        self.network.index = lists.index
+        return DraftCost(forwards)
 
 
 @dataclass(slots=True)

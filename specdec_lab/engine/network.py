@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Network:
 
     skips_finished  finished rows cost nothing: where the whole forward is one compiled call
     used_threads    of the latest forward of a round; 0 where torch's threads do not run it
+    index           what SnapKV views list now, see Reads.index
     """
 
     runner: Runner
@@ -42,6 +43,7 @@ class Network:
     threads: Threads
     skips_finished: bool = False
     used_threads: int = 0
+    index: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.skips_finished = self.runner.why_not_compiled(self.backend) is None
@@ -52,6 +54,7 @@ class Network:
 
     def score(self, tokens: Tensor, reads: Reads, last: int, phases: tuple[Phase, Phase]) -> Scores:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
+        reads = self._with_lists(reads)
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
         kind = (min(tokens.shape[1], 2), *self._kind(reads))
 
@@ -73,6 +76,7 @@ class Network:
         """A chain of `depth` tokens after tokens [B, lag + 1] in one call; None where it must be drafted step by step."""
         if not self.skips_finished:
             return None
+        reads = self._with_lists(reads)
         kind = ("chain", depth, draw.temperature > 0, *self._kind(reads))
 
         def chain(clock: Clock) -> Drafted | None:
@@ -84,6 +88,13 @@ class Network:
         drafted = chain(self.clock)
         self.threads.took(kind, time.perf_counter() - start)
         return drafted
+
+    def _with_lists(self, reads: Reads) -> Reads:
+        """Reads through a SnapKV view, with what it lists."""
+        if reads.view.kind != "snapkv":
+            return reads
+        assert self.index is not None  # whoever drafts through such a view chooses first
+        return replace(reads, index=self.index)
 
     def _kind(self, reads: Reads) -> tuple[Hashable, ...]:
         """What a thread count was measured for."""

@@ -7,6 +7,7 @@ the prompt again. Not known here: who reads the records.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -76,18 +77,25 @@ class Session:
         if config.is_off:
             return
         assert config.tree is not None
+        if config.view is not None and config.view.kind == "snapkv" and (reason := self._why_no_snapkv(config)):
+            raise UnsupportedConfig(f"{config}: {reason}. "
+                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/chain{config.depth}.")
         if not config.tree.is_chain:
             raise UnsupportedConfig(f"{config}: this engine drafts chains; a tree of {config.tree.num_nodes} nodes is not one. "
                                     f"Use {config.drafter}{f':{config.view}' if config.view else ''}/chain{config.depth}.")
-        if config.view is not None and config.view.kind == "snapkv":
-            raise UnsupportedConfig(f"{config}: {self._target.backend.name} reads windows, not SnapKV index lists. "
-                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
         if config.drafter == "model" and self._pair.draft is None:
             raise UnsupportedConfig(
                 f"{config}: no draft model is loaded. Load one with load(..., draft=...), or draft with self or ngram."
             )
         if config.num_nodes >= DRAFT_MARGIN:
             raise UnsupportedConfig(f"{config}: at most {DRAFT_MARGIN - 1} tokens can be drafted in a round")
+
+    def _why_no_snapkv(self, config: SpecConfig) -> str | None:
+        if config.drafter != "self":
+            return "SnapKV chooses among the target's own keys, and a second network reads its own text through windows"
+        if config.tree is not None and not config.tree.is_chain:
+            return "SnapKV views draft chains, not trees yet"
+        return self._target.backend.why_not(replace(self._pair.target.need(), index_list=True))
 
     def rewind(self) -> None:
         """Back to the end of the prompts; their KV stays."""
@@ -109,14 +117,17 @@ class Session:
         with torch.inference_mode():
             clock = self._clock
             self._known, forwards = self._target.read(self._batch, self._known, FULL, TARGET)
+            self._self.snapkv.begin(self._known)
             draft_cost = DraftCost()
+            if isinstance(drafter, SelfDrafter) and config is not None:
+                draft_cost = drafter.choose(self._batch, config, clock)
             if isinstance(drafter, ModelDrafter) and config is not None and behind_draft:
                 draft_cost = drafter.catch_up(self._batch, config, clock)
             if isinstance(drafter, NgramDrafter):
                 clock.enter(Phase.DRAFT_OTHER)
                 drafter.read(self._batch)
             clock.enter(Phase.HOST)
-        if not behind and not behind_draft:
+        if not behind and not behind_draft and not draft_cost.forwards:
             return None
         rows = self._workload.batch
         nothing = Commit((0,) * rows, ((),) * rows, (False,) * rows)

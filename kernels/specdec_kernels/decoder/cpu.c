@@ -373,6 +373,8 @@ static int decoder_check(const Forward *f) {
     if (wrong) return wrong;
     if (m->heads != c->heads || m->kv_heads != c->kv_heads || m->dim != c->dim || m->hidden < 1 || m->num_layers < 1) return 8;
     if (!f->scratch || !c->workspace) return 10;
+    for (int l = 1; c->index && c->recent && l < m->num_layers; l++) /* layer 0 is checked */
+        if ((wrong = check_ends(c, c->index + l * c->index_layer))) return wrong;
     for (int i = 0; i < f->num_keep; i++)
         if (f->keep[i] < 0 || f->keep[i] >= c->queries) return 9;
     for (int64_t j = 0; j < (int64_t)row_count(c) * c->queries; j++) {
@@ -394,6 +396,7 @@ static int64_t forward_together(const Forward *f, const Call *given, const Work 
         int64_t skip = l * f->kv_layer * (c.bf16 ? 2 : 4);
         c.k = (const char *)given->k + skip;
         c.v = (const char *)given->v + skip;
+        if (given->index) c.index = given->index + l * given->index_layer;
         project(m, &c, m->layers + l, a, s);
         int64_t start = s.member ? 0 : now_ns();
         attend_together(&c, block, most);

@@ -49,12 +49,12 @@ class Weights:
 
 def decoder(
     weights: Weights, tokens: Tensor, kv: Tensor, committed: Tensor, corner: Tensor, node_depth: Tensor, query_node: Tensor,
-    keep: Tensor, *, scale: float, sink: int = 0, recent: int = 0,
+    keep: Tensor, *, scale: float, sink: int = 0, recent: int = 0, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of a forward that appends its tokens to the cache and attends to it.
 
     tokens   [B, T]; kv [layers, 2, B, Hkv, S, D], of which slots committed + query_node are written
-    keep     [K] query indices; the others as in tree_attention
+    keep     [K] query indices; index [layers, B, Hkv, N] a list per layer; the others as in tree_attention
     returns  logits [B, K, V] float64 and their arg-max [B, K]
     """
     batch, queries = tokens.shape
@@ -80,7 +80,8 @@ def decoder(
         k = rotate(k if block.k_norm is None else norm(k, block.k_norm))
         kv[layer, 0, rows, :, slots], kv[layer, 1, rows, :, slots] = k.to(kv.dtype), v.to(kv.dtype)
         attended, _ = tree_attention(
-            q, kv[layer, 0], kv[layer, 1], committed, corner, node_depth, query_node, scale=scale, sink=sink, recent=recent
+            q, kv[layer, 0], kv[layer, 1], committed, corner, node_depth, query_node, scale=scale, sink=sink, recent=recent,
+            index=None if index is None else index[layer],
         )
         hidden = hidden + linear(attended.reshape(batch, queries, -1), block.out, block.out_bias)
         x = norm(hidden, block.post_norm)

@@ -42,11 +42,12 @@ typedef struct {
     const uint64_t *corner; /* [queries] bit c: query sees corner node c */
     const int32_t *node_depth; /* [nodes] */
     const int32_t *query_node; /* [queries] */
-    const int32_t *index; /* [batch, kv_heads, index_len] committed slots, sorted, or NULL */
+    const int32_t *index; /* [batch, kv_heads, index_len] ascending slots before the window, or NULL; see keys_of */
     const int32_t *rows; /* [num_rows] the sequences to attend for, the others are left alone; NULL: all */
     float *workspace; /* from tree_attention_workspace */
     int64_t q_batch, q_query, q_head, kv_batch, kv_head, kv_slot, out_batch, out_query, out_head;
     int64_t slots, sink, recent, index_len; /* recent = 0: full view; with an index, sink is ignored */
+    int64_t index_layer; /* elements from one layer's lists to the next one's, for who runs several; 0: the same */
     int32_t batch, queries, heads, kv_heads, dim, nodes, bf16, threads, num_rows;
     float scale;
 } Call;
@@ -106,9 +107,9 @@ INLINE vf exp2_nonpositive(vf x) {
     return (vf)(~below & ((vi)p + exponent));
 }
 
-/* Ask for the rows that the next block will read, `ahead` elements further on; beyond the end this is harmless. */
-INLINE void fetch_ahead(const void *rows, int64_t at, int64_t ahead, int dim, int bf16) {
-    const char *line = (const char *)rows + (at + ahead) * (bf16 ? 2 : 4);
+/* Ask for a row that the next block will read; beyond the end this is harmless. */
+INLINE void fetch_ahead(const void *rows, int64_t at, int dim, int bf16) {
+    const char *line = (const char *)rows + at * (bf16 ? 2 : 4);
     for (int byte = 0; byte < dim * (bf16 ? 2 : 4); byte += 64) __builtin_prefetch(line + byte, 0, 2);
 }
 
@@ -124,11 +125,12 @@ INLINE float lane_sum(vf x) {
     return s;
 }
 
-/* scores[r][n] = q[r] . k[n] for a block of 64 keys; q is scaled already. vectors = dim / W */
+/* scores[r][n] = q[r] . k[n] for a block of 64 keys; q is scaled already. vectors = dim / W. Rows to fetch meanwhile stand
+ * `ahead` entries further on in `at`; 0: none. */
 INLINE void score(const float *q, const void *k, const int64_t *at, int64_t ahead, float *scores, int rows, int vectors, int bf16) {
     for (int n = 0; n < BLOCK; n += W) {
         if (ahead)
-            for (int i = 0; i < W; i++) fetch_ahead(k, at[n + i], ahead, vectors * W, bf16);
+            for (int i = 0; i < W; i++) fetch_ahead(k, at[n + i + ahead], vectors * W, bf16);
         for (int r = 0; r < rows; r++) {
             const vf *row = (const vf *)(q + r * vectors * W);
             vf a[W];
@@ -153,7 +155,7 @@ INLINE void weigh(float *acc, const float *p, const void *v, const int64_t *at, 
         for (int c = 0; c < count; c++) a[r][c] = *(vf *)(acc + r * dim + (first + c) * W);
     for (int n = 0; n < keys; n++) {
         vf row[PV_VECTORS];
-        if (ahead) fetch_ahead(v, at[n], ahead, dim, bf16);
+        if (ahead) fetch_ahead(v, at[n + ahead], dim, bf16);
 #pragma GCC unroll 4
         for (int c = 0; c < count; c++) row[c] = load(v, at[n] + (first + c) * W, bf16);
 #pragma GCC unroll 4
@@ -257,7 +259,8 @@ static BlockFn block_function(const Call *c) {
     return c->bf16 ? block_bf16_any : block_f32_any;
 }
 
-/* The keys of one sequence as a list: first the index list or the sinks, then one range that ends with the corner. */
+/* The keys of one sequence as a list: first the index list or the sinks, then one range that ends with the corner. An index
+ * list is read as far as there are committed keys before the range; one that is longer than that names 0, 1, 2, ... */
 typedef struct {
     int64_t head, from, total; /* keys before the range; first slot of the range; all keys */
 } Keys;
@@ -274,7 +277,10 @@ static Keys keys_of(const Call *c, int b) {
     int64_t from = committed + shallow - c->recent + 1;
     from = from < 0 ? 0 : from > end ? end : from;
     int64_t head = c->index ? c->index_len : c->sink;
-    if (!c->index) {
+    if (c->index) {
+        if (head > from) head = from;
+        if (head > committed) head = committed;
+    } else {
         if (head > end) head = end;
         if (from < head) from = head;
     }
@@ -324,10 +330,11 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
     Keys keys = keys_of(c, b);
     const int32_t *index = c->index ? c->index + ((int64_t)b * c->kv_heads + h) * c->index_len : NULL;
     int64_t clear_from = all_seen_from(c, &keys, committed), clear_to = keys.total - c->nodes;
+    int mixed = clear_from > keys.head; /* sinks and listed keys are seen by all, then come some that only few see */
     float *m = part, *l = part + rows, *acc = part + state_floats(c);
     float q[MAX_QUERIES * MAX_DIM] __attribute__((aligned(64)));
     float mask[ROWS * BLOCK] __attribute__((aligned(64)));
-    int64_t at[BLOCK], slots[BLOCK];
+    int64_t at[2 * BLOCK], slots[BLOCK]; /* this block and the next one */
     for (int r = 0; r < rows; r++) {
         m[r] = -INFINITY;
         l[r] = 0;
@@ -346,7 +353,12 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
                 slots[i] = slot_of(&keys, index, n0 + (i < count ? i : count - 1));
                 at[i] = base + slots[i] * c->kv_slot;
             }
-            int masked = count < BLOCK || n0 < clear_from || n0 + count > clear_to;
+            for (int i = 0; i < BLOCK; i++) at[BLOCK + i] = at[i] + BLOCK * c->kv_slot;
+            for (int64_t i = 0; n0 < keys.head && index && i < BLOCK; i++) { /* listed rows do not lie side by side */
+                int64_t n = n0 + BLOCK + i < keys.total ? n0 + BLOCK + i : keys.total - 1;
+                at[BLOCK + i] = base + slot_of(&keys, index, n) * c->kv_slot;
+            }
+            int masked = count < BLOCK || n0 + count > clear_to || (mixed && n0 < clear_from && n0 + count > keys.head);
             for (int r0 = 0, some; r0 < many; r0 += some) {
                 int row = first + r0, left = many - r0;
                 some = left >= 8 ? 8 : c->dim == 64 ? left : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -355,7 +367,7 @@ static void chunk(const Call *c, BlockFn block, int b, int h, int64_t begin, int
                         for (int i = 0; i < BLOCK; i++)
                             mask[r * BLOCK + i] =
                                 i < count && sees(c, &keys, committed, (row + r) / group, n0 + i, slots[i]) ? 0.0f : -INFINITY;
-                block(q + r0 * dim, c->k, c->v, at, r0 ? 0 : BLOCK * c->kv_slot, count, masked ? mask : NULL, m + row, l + row, acc + row * dim, some, dim);
+                block(q + r0 * dim, c->k, c->v, at, r0 ? 0 : BLOCK, count, masked ? mask : NULL, m + row, l + row, acc + row * dim, some, dim);
             }
         }
     }
@@ -391,8 +403,34 @@ static int64_t chunks_of(const Call *c, int b) {
 
 static int row_count(const Call *c) { return c->rows ? c->num_rows : c->batch; }
 
+/* 0, or 1000 + b: a list of row b, in any of the layers, does not ascend from 0 on. To be asked once when lists are made: it
+ * reads them whole, which before every forward would cost a few percent of attending to them. */
+int tree_attention_check_index(const Call *c, int layers) {
+    int64_t lists = (int64_t)c->batch * c->kv_heads;
+    for (int64_t i = 0; c->index && i < layers * lists; i++) {
+        const int32_t *list = c->index + i / lists * c->index_layer + i % lists * c->index_len;
+        for (int64_t n = 0; n < c->index_len; n++)
+            if (list[n] < 0 || (n && list[n] <= list[n - 1])) return 1000 + (int)(i % lists / c->kv_heads);
+    }
+    return 0;
+}
+
+/* 0, or 1000 + b: row b would read a listed key of its window, or beyond. Enough where the lists are known to ascend, for
+ * this call and deeper queries: a list ends before the window, or is 0, 1, 2, ... as far as it can ever be read. */
+static int check_ends(const Call *c, const int32_t *index) {
+    for (int b = 0; b < c->batch; b++) {
+        int64_t from = keys_of(c, b).from, entries = c->index_len < c->committed[b] ? c->index_len : c->committed[b];
+        for (int h = 0; entries && h < c->kv_heads; h++) {
+            const int32_t *list = index + ((int64_t)b * c->kv_heads + h) * c->index_len;
+            int32_t last = list[entries - 1];
+            if (list[0] < 0 || (entries > from ? last != entries - 1 : last >= from)) return 1000 + b;
+        }
+    }
+    return 0;
+}
+
 /* 0, or why the call must not touch memory: 1 shape, 2 dim, 3 queries, 4 nodes, 5 threads, 7 rows; 1000 + b: row b beyond
- * its slots. */
+ * its slots. Index lists must have passed tree_attention_check_index. */
 int tree_attention_check(const Call *c) {
     if (c->batch < 1 || c->heads < 1 || c->kv_heads < 1 || c->heads % c->kv_heads) return 1;
     if (c->dim < W || c->dim > MAX_DIM || c->dim % W) return 2;
@@ -403,15 +441,9 @@ int tree_attention_check(const Call *c) {
         if (c->query_node[t] < 0 || c->query_node[t] >= c->nodes) return 4;
     for (int i = 0; c->rows && i < c->num_rows; i++)
         if (c->rows[i] < 0 || c->rows[i] >= c->batch) return 7;
-    for (int b = 0; b < c->batch; b++) {
+    for (int b = 0; b < c->batch; b++)
         if (c->committed[b] < 0 || c->committed[b] + c->nodes > c->slots) return 1000 + b;
-        if (!c->index) continue;
-        for (int64_t i = 0; i < c->kv_heads * c->index_len; i++) {
-            int32_t slot = c->index[b * c->kv_heads * c->index_len + i];
-            if (slot < 0 || slot >= c->committed[b]) return 1000 + b;
-        }
-    }
-    return 0;
+    return c->index && c->recent ? check_ends(c, c->index) : 0;
 }
 
 static int64_t most_chunks(const Call *c) {

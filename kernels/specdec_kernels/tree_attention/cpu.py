@@ -22,7 +22,7 @@ class Call(ctypes.Structure):
         [(n, _P) for n in ("q", "k", "v", "out", "lse", "committed", "corner", "node_depth", "query_node", "index",
                            "rows", "workspace")]
         + [(n, _I64) for n in ("q_batch", "q_query", "q_head", "kv_batch", "kv_head", "kv_slot", "out_batch", "out_query",
-                               "out_head", "slots", "sink", "recent", "index_len")]
+                               "out_head", "slots", "sink", "recent", "index_len", "index_layer")]
         + [(n, _I32) for n in ("batch", "queries", "heads", "kv_heads", "dim", "nodes", "bf16", "threads", "num_rows")]
         + [("scale", ctypes.c_float)]
     )  # fmt: skip
@@ -58,7 +58,9 @@ def check_code(code: int, call: Call) -> None:
         4: f"{call.nodes} corner nodes; 1 to {MAX_NODES} are possible, and every query must be one of them",
         5: f"{call.threads} threads", 6: "the workspace is missing", 7: "a row to attend for is not in the batch",
     }
-    beyond = f"row {code - 1000} has more committed tokens and nodes, or an index entry, than its {call.slots} slots hold"
+    beyond = f"row {code - 1000} has more committed tokens and nodes than its {call.slots} slots hold"
+    if call.index:
+        beyond += f", or an index entry that is not above the one before it, or not before the window of {call.recent}"
     what = reasons.get(code, beyond)
     raise ValueError(f"tree_attention refused: {what}")
 
@@ -86,10 +88,11 @@ def tree_attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), committed.data_ptr(), bits.data_ptr(),
         depths.data_ptr(), nodes.data_ptr(), listed.data_ptr() if listed is not None else None, None, None,
         *q.stride()[:3], *k.stride()[:3], *out.stride()[:3],
-        k.shape[2], sink, recent, listed.shape[2] if listed is not None else 0,
+        k.shape[2], sink, recent, listed.shape[2] if listed is not None else 0, 0,
         q.shape[0], q.shape[1], q.shape[2], k.shape[1], q.shape[3], corner.shape[1], k.dtype == torch.bfloat16,
         threads or torch.get_num_threads(), 0, scale,
     )  # fmt: skip
+    check_code(library.tree_attention_check_index(ctypes.byref(call), 1), call)
     check_code(library.tree_attention_check(ctypes.byref(call)), call)
     workspace = aligned(library.tree_attention_workspace(ctypes.byref(call)))
     call.workspace = workspace.data_ptr()

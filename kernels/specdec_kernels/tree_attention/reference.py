@@ -20,7 +20,8 @@ def tree_attention(
     corner      [T, C] bool: which nodes each query sees, itself included
     node_depth  [C] int32 distance from the root; position = committed + depth. query_node [T]: the node that a query is
     recent      0: everything is visible. Else a key at position p is visible from position x iff p < sink or x - p < recent
-    index       [B, Hkv, N] int32 committed slots that stay visible instead of the sinks (SnapKV), or None
+    index       [B, Hkv, N] int32 slots that stay visible instead of the sinks (SnapKV), ascending, or None. A list is read as
+                far as there are committed keys before the window of the shallowest query; one that is longer names 0, 1, 2, ...
     returns     o [B, T, Hq, D] and the natural log-sum-exp [B, T, Hq], both float64; a query that sees nothing: 0 and -inf
     """
     batch, _, heads, _ = q.shape
@@ -37,7 +38,10 @@ def tree_attention(
         if index is None:
             kept = (committed[:, None] + depth < sink)[:, None, None].expand_as(near)
         else:
-            kept = torch.zeros(batch, kv_heads, slots, dtype=torch.bool).scatter_(2, index.long(), True)[:, :, None]
+            before = (committed + node_depth.long()[query_node.long()].min() - recent + 1).clamp(min=0).minimum(committed)
+            listed = (torch.arange(index.shape[2]) < before[:, None, None]).expand(index.shape)
+            inside = index.long().clamp(max=slots - 1)  # what lies beyond is not listed
+            kept = torch.zeros(batch, kv_heads, slots, dtype=torch.bool).scatter_(2, inside, listed)[:, :, None]
         visible = visible & (near | kept)
     read = visible.any(2)[..., None]  # a slot that nobody sees may hold NaN
     group = heads // kv_heads
