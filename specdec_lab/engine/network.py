@@ -51,7 +51,7 @@ class Network:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
         kind = (
-            self.runner.fingerprint, self.backend.name, tokens.shape[0], min(tokens.shape[1], 2), reads.view,
+            self.runner.fingerprint, self.backend.name, tokens.shape[0], _width_class(tokens.shape[1], reads), reads.view,
             reads.longest.bit_length(), None if reads.rows is None else reads.rows.shape[0],
         )  # fmt: skip
 
@@ -97,3 +97,8 @@ class Network:
             known = [k + min(lag, width) for k, lag in zip(known, lags, strict=True)]
         cache.committed = torch.tensor(goal, device=device)
         return known, tuple(forwards)
+
+
+def _width_class(queries: int, reads: Reads) -> int:
+    """Forwards of one class share a thread count: one token, a chain's few, a tree's by powers of two."""
+    return min(queries, 2) if reads.causal else 1 + queries.bit_length()
