@@ -56,10 +56,13 @@ class Noise:
     def _key(self) -> tuple[int, int]:
         return self.seed & _MASK, (self.seed >> 32) & _MASK
 
-    def uniform(self, positions: Tensor, purpose: Purpose, lane: int = 0) -> Tensor:
-        """One float64 in [0, 1) per position [B, T]: 32 random bits. Numbers of different lanes (ranks) are independent."""
+    def uniform(self, positions: Tensor, purpose: Purpose, lanes: Tensor | int = 0) -> Tensor:
+        """One float64 in [0, 1) per position [B, T]: 32 random bits.
+
+        lanes  broadcasts with positions; numbers of different lanes (ranks of a tree) are independent
+        """
         zero = torch.zeros((), dtype=torch.int64, device=positions.device)
-        words = philox((zero + lane, positions, self.sequences[:, None], zero + int(purpose)), self._key)
+        words = philox((zero + lanes, positions, self.sequences[:, None], zero + int(purpose)), self._key)
         return words[0].double() * 2.0**-32
 
     def gumbel(self, positions: Tensor, vocabulary: int, purpose: Purpose) -> Tensor:

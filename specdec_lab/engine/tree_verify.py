@@ -20,7 +20,7 @@ Not known here: models, caches, how laws came about.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ def accept_children(
     left = left / left.sum(-1, keepdim=True)
     rank = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     for place in range(tokens.shape[1]):
+        if place and bool((rank > 0).all()):
+            break
         offered = offered / offered.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         token = tokens[:, place : place + 1]
         d, r = offered.gather(1, token)[:, 0], left.gather(1, token)[:, 0]
@@ -93,11 +95,48 @@ def decide_tree(
     """
     layout = proposal.layout
     assert layout is not None
-    if processor.is_greedy or verifier == "coupled" or proposal.law is None:
-        step = _matching(proposal, layout, _target_tokens(scores, first_position, processor, noise))
+    if processor.is_greedy:
+        return _match_on_host(proposal, layout, scores.best)
+    if verifier == "coupled" or proposal.law is None:
+        step = _matching(proposal, layout, scores, first_position, processor, noise)
     else:
         step = _testing(proposal, layout, proposal.law, scores, first_position, processor, noise)
     return _walk(layout, step, proposal.counts)
+
+
+def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision:
+    """Descend to the children that equal the target's tokens best [B, N+1]: a few list look-ups, cheaper than tensors."""
+    targets, device = best.tolist(), best.device
+    exists = proposal.exists.tolist() if proposal.exists is not None else [None] * len(targets)
+    found = [_descend(layout, *row) for row in zip(targets, proposal.tokens.tolist(), exists, strict=True)]
+    deepest = max(len(path) for path, _ in found)
+    tokens = [[row[node] for node in (0, *path)] for row, (path, _) in zip(targets, found, strict=True)]
+    return Decision(
+        torch.tensor([len(path) for path, _ in found], device=device), _padded(tokens, deepest + 1, device),
+        _padded([path for path, _ in found], deepest, device), _padded([ranks for _, ranks in found], deepest, device),
+    )
+
+
+def _descend(
+    layout: Layout, targets: Sequence[int], tokens: Sequence[int], exists: Sequence[bool] | None
+) -> tuple[list[int], list[int]]:
+    """The nodes below the root of one row that are the target's token behind their parent, and their ranks."""
+    path: list[int] = []
+    ranks: list[int] = []
+    node = 0
+    while True:
+        equal = (rank for rank, child in enumerate(layout.children[node], start=1)
+                 if tokens[child - 1] == targets[node] and (exists is None or exists[child - 1]))  # fmt: skip
+        rank = next(equal, 0)
+        if rank == 0:
+            return path, ranks
+        node = layout.children[node][rank - 1]
+        path.append(node)
+        ranks.append(rank)
+
+
+def _padded(rows: Sequence[list[int]], width: int, device: torch.device) -> Tensor:
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
 def _walk(layout: Layout, step: Step, counts: Tensor) -> Decision:
@@ -132,27 +171,15 @@ def _children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -
     return proposal.tokens.gather(1, at), exists
 
 
-def _target_tokens(
-    scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
-) -> Callable[[Tensor, int], Tensor]:
-    """What plain decoding emits behind a node: its arg-max, or its sample with the noise of the position."""
+def _matching(
+    proposal: Proposal, layout: Layout, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
+) -> Step:
+    """Emit what plain sampling draws behind a node, and descend to the child that equals it. Siblings are distinct."""
     rows = torch.arange(first_position.shape[0], device=first_position.device)
-    if processor.is_greedy:
-        best = scores.best
-        return lambda node, depth: best[rows, node]
-
-    def sample(node: Tensor, depth: int) -> Tensor:
-        law = processor.law(scores.logits[rows, node])
-        return gumbel_argmax(law, noise.gumbel(first_position[:, None] + depth, law.shape[-1], Purpose.TARGET)[:, 0])
-
-    return sample
-
-
-def _matching(proposal: Proposal, layout: Layout, target: Callable[[Tensor, int], Tensor]) -> Step:
-    """Emit the target's own token, and descend to the child that equals it. Siblings are distinct."""
 
     def step(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        token = target(node, depth)
+        law = processor.law(scores.logits[rows, node])
+        token = gumbel_argmax(law, noise.gumbel(first_position[:, None] + depth, law.shape[-1], Purpose.TARGET)[:, 0])
         if layout.widest[depth] == 0:
             return torch.zeros_like(token), token
         children, exists = _children_of(proposal, layout, node, depth)
@@ -166,17 +193,21 @@ def _testing(
     proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
 ) -> Step:
     """Test the children in draw order; where none is accepted, draw from what is left."""
-    rows = torch.arange(first_position.shape[0], device=first_position.device)
+    batch, device = first_position.shape[0], first_position.device
+    rows, most, depths = torch.arange(batch, device=device), max(layout.widest), torch.arange(layout.depth + 1, device=device)
+    positions, lanes = first_position[:, None] + depths, torch.arange(most, device=device)
+    tests = noise.uniform(positions[:, :-1].repeat_interleave(most, 1), Purpose.ACCEPT, lanes.repeat(layout.depth))
+    tests = tests.view(batch, layout.depth, most)  # [B, depth, K], all in one call: the generator has a price per call
+    last = noise.uniform(positions, Purpose.RESIDUAL)
 
     def step(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        law, position = processor.law(scores.logits[rows, node]), first_position[:, None] + depth
-        rank = torch.zeros_like(node)
+        law = processor.law(scores.logits[rows, node])
         if layout.widest[depth] == 0:
-            return rank, draw(law, noise.uniform(position, Purpose.RESIDUAL)[:, 0])
+            return torch.zeros_like(node), draw(law, last[:, depth])
         children, exists = _children_of(proposal, layout, node, depth)
-        uniforms = torch.cat([noise.uniform(position, Purpose.ACCEPT, lane) for lane in range(children.shape[1])], 1)
+        uniforms = tests[:, depth, : children.shape[1]]
         rank, left = accept_children(law, laws[rows, layout.law_row[node]], children, exists, uniforms)
-        drawn = draw(left, noise.uniform(position, Purpose.RESIDUAL)[:, 0])
+        drawn = draw(left, last[:, depth])
         taken = children.gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0]
         return rank, torch.where(rank > 0, taken, drawn)
 
