@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import builders
 import specdec_lab as sd
 import tiny
 from specdec_kernels.tree_attention import cpu
@@ -294,3 +295,14 @@ def test_a_row_with_few_matches_counts_with_the_children_it_had():
     assert first.nodes == ((0, 1, 3, 4), ())
     (root, *_) = observed([replace(first, censored=(False, False))])
     assert set(root.examined) == {2}
+
+
+def test_a_record_of_a_tree_that_names_no_ranks_counts_for_none():
+    silent = builders.round_step((1, 2), config="self:4+60/4,2,1")
+    assert observed([silent]) == ()
+    assert summarize(builders.run_of(silent)).rank_acceptance == ()
+    named = replace(silent, ranks=((4,), (1, 2)))
+    assert observed([named])[0].examined == {4: (0, 1, 0, 0, 1)}
+    chain = builders.round_step((1, 3), config="self:4+60/chain3", censored=(True, False))
+    assert sum(observed([chain]), Counts()).examined == {1: (0, 4)}, "a cut row's last node was not examined"
+    assert sum(observed([chain], with_cut=False), Counts()).examined == {1: (0, 3)}

@@ -230,15 +230,19 @@ def test_the_joint_law_catches_a_wrong_verifier(rewrite, monkeypatch):
 
 
 NOISES = {
-    "draft noise is made once per prompt": ("gumbel", lambda original: (
-        lambda self, positions, vocabulary, purpose: original(self, torch.full_like(positions, 3), vocabulary, purpose)
+    "draft noise is made once per prompt": ("uniform", lambda original: (
+        lambda self, positions, purpose, lanes=0: original(
+            self, torch.full_like(positions, 3) if purpose == Purpose.DRAFT else positions, purpose, lanes)
+    )),
+    "siblings are drawn with one number": ("uniform", lambda original: (
+        lambda self, positions, purpose, lanes=0: original(self, positions, purpose, 0 if purpose == Purpose.DRAFT else lanes)
     )),
     "test noise is made once per prompt": ("uniform", lambda original: (
         lambda self, positions, purpose, lanes=0: original(self, torch.full_like(positions, 3), purpose, lanes)
     )),
     "a test reuses the noise that drew its child": ("uniform", lambda original: (
-        lambda self, positions, purpose, lanes=0: torch.exp(-torch.exp(-self.gumbel(positions, 1, Purpose.DRAFT)))[..., 0]
-        if purpose == Purpose.ACCEPT else original(self, positions, purpose, lanes)
+        lambda self, positions, purpose, lanes=0: original(
+            self, positions, Purpose.DRAFT if purpose == Purpose.ACCEPT else purpose, lanes)
     )),
 }  # fmt: skip
 

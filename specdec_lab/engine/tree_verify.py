@@ -6,8 +6,8 @@
     point mass  n-gram children are no draws: the target's token is sampled, and accepted if it is a child
 
 **Used-up support.** Where the draft's law holds fewer tokens than a node has children, the surplus children are dead: they
-are fed, so that shapes stay static, and never accepted. The drafter knows them by log Q = -inf, the verifier by D = 0, where D
-is Q without the tokens refused so far: the same tokens, since both read the stored Q.
+are fed, so that shapes stay static, and never accepted. The verifier knows them by D = 0, where D is Q without the tokens
+refused so far: both sides read the stored Q, so what the drafter could not draw any more is what the verifier does not test.
 
 **Noise is keyed by position, so cousins share it.** Children of a node at depth d are drawn and tested with noise of position
 p = committed + d + 1 only. Which node of depth d is reached depends on noise of positions below p, independent of it; so
@@ -37,16 +37,23 @@ def choose_children(
     """Tokens [B, T, most] for the children of T nodes, best or first drawn first, and the laws [B, T, V] they were drawn from.
 
     position  [B] where the children stand
-    Laws are returned where the verifier needs them (rejection). A draw of `most` tokens without replacement: the largest of
-    log Q + Gumbel noise (Vieira 2014).
+    rejection  drawn one after the other from what is left of Q, one uniform per rank; the laws are returned
+    coupled    the largest of log Q + Gumbel noise, which is such a draw too (Vieira 2014), with plain sampling's noise
     """
     if processor.is_greedy:
         return scores.best[..., None] if most == 1 else scores.logits.topk(most, dim=-1).indices, None
     law = processor.law(scores.logits)
-    is_coupled = verifier == "coupled"
-    gumbel = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET if is_coupled else Purpose.DRAFT)  # [B, 1, V]
-    tokens = (law.double().log() + gumbel).topk(most, dim=-1).indices
-    return tokens, None if is_coupled else law
+    if verifier == "coupled":
+        gumbel = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)  # [B, 1, V]
+        return (law.double().log() + gumbel).topk(most, dim=-1).indices, None
+    lanes = torch.arange(most, device=position.device)
+    uniforms = noise.uniform(position[:, None].expand(-1, most), Purpose.DRAFT, lanes)  # [B, most]
+    left, tokens = law.double(), []
+    for rank in range(most):
+        tokens.append(draw(left, uniforms[:, rank : rank + 1].expand(law.shape[:2])))
+        if rank + 1 < most:
+            left = left.scatter(-1, tokens[-1][..., None], 0.0)
+    return torch.stack(tokens, -1), law
 
 
 def accept_children(

@@ -14,10 +14,11 @@ def observed(steps: Iterable[StepRecord], *, with_cut: bool = True) -> tuple[Cou
 
     with_cut  False leaves rows out whose text ended in the round, as all other acceptance statistics do
     A chain says how often its only child is accepted. Rows that drafted part of a tree count with the children they had.
+    Records of trees that do not say which ranks were accepted (synthetic ones) are left out.
     """
     walks: dict[tuple[str, tuple[int, ...]], list[Walk]] = {}
     for step in steps:
-        if step.kind != "round":
+        if step.kind != "round" or not (step.ranks or _is_chain(step.config)):
             continue
         for row, (drafted, accepted, cut) in enumerate(zip(step.drafted, step.accepted, step.censored, strict=True)):
             if not drafted or not step.tokens[row] or (cut and not with_cut):
@@ -32,6 +33,11 @@ def observed(steps: Iterable[StepRecord], *, with_cut: bool = True) -> tuple[Cou
                 by_depth.append(Counts())
             by_depth[depth] += counts
     return tuple(by_depth)
+
+
+@lru_cache(maxsize=256)
+def _is_chain(config: str) -> bool:
+    return SpecConfig.parse(config).is_chain
 
 
 @lru_cache(maxsize=1024)
