@@ -275,6 +275,11 @@ class SpecConfig:
         return self.drafter == "off"
 
     @property
+    def is_chain(self) -> bool:
+        """Whether it drafts one token after the other; plain decoding does not."""
+        return self.tree is not None and self.tree.is_chain
+
+    @property
     def depth(self) -> int:
         """Longest drafted path; 0 for plain decoding."""
         return self.tree.depth if self.tree else 0
@@ -341,6 +346,8 @@ class StepRecord:
     accepted: tuple[int, ...]  # accepted and emitted draft tokens, bonus not counted
     tokens: tuple[tuple[int, ...], ...]  # emitted tokens, bonus included
     censored: tuple[bool, ...]  # cut by end of text or length limit: neither accepted nor rejected
+    ranks: tuple[tuple[int, ...], ...] = ()  # trees: per row which child (1 = first) was accepted at each depth
+    nodes: tuple[tuple[int, ...], ...] = ()  # trees: which nodes each row drafted, where some row drafted fewer than all
     draft_linear_s: float = 0.0
     draft_attention_s: float = 0.0
     draft_kv_floor_s: float = 0.0
@@ -364,6 +371,10 @@ class StepRecord:
         for name in ("drafted", "accepted", "tokens", "censored"):
             if len(getattr(self, name)) != rows:
                 raise ValueError(f"StepRecord.{name} has {len(getattr(self, name))} entries for a batch of {rows}")
+        for name in ("ranks", "nodes"):
+            counts = self.accepted if name == "ranks" else self.drafted
+            if (given := getattr(self, name)) and tuple(map(len, given)) != tuple(counts):
+                raise ValueError(f"StepRecord.{name} {given} does not fit the counts {tuple(counts)} of its rows")
         if self.kind == "round":
             for row, (drafted, accepted) in enumerate(zip(self.drafted, self.accepted, strict=True)):
                 if not 0 <= accepted <= drafted:
@@ -405,8 +416,9 @@ class StepRecord:
             for name in ("context_tokens", "drafted", "accepted", "censored", "flags"):
                 if name in values:
                     values[name] = tuple(values[name])
-            if "tokens" in values:
-                values["tokens"] = tuple(tuple(t) for t in values["tokens"])
+            for name in ("tokens", "ranks", "nodes"):
+                if name in values:
+                    values[name] = tuple(tuple(t) for t in values[name])
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a step record: {error}") from None
@@ -550,6 +562,7 @@ class Summary:
     kv_read_bytes_per_s: float | None  # verify bytes over measured attention
     busy_steps: int
     labels: tuple[str, ...] = field(default=())
+    rank_acceptance: tuple[float, ...] = ()  # chance that the k-th child of an accepted node is accepted, over all depths
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .records import PHASES, Cell, Run, RunHeader, SpecConfig, Spread, StepRecord, Summary
+from .trees import Counts, observed
 
 _LABELS_TO_SAY = ("forced", "random-weights", "modelled")
 
@@ -89,26 +90,29 @@ class Acceptance:
 
 
 @lru_cache(maxsize=256)
-def _reach(config: str) -> tuple[int, ...]:
-    """Depth of the deepest of the first n nodes, for n = 0..num_nodes: what a row that drafted n nodes reached."""
+def _depths(config: str) -> tuple[int, ...]:
+    """Depth of every node that a configuration can draft."""
     tree = SpecConfig.parse(config).tree
-    reach = [0]
-    for depth in tree.depths if tree else ():
-        reach.append(max(reach[-1], depth))
-    return tuple(reach)
+    return tree.depths if tree else ()
+
+
+def _reached(step: StepRecord, row: int) -> int:
+    """Depth of the deepest node that a row drafted; -1 where its configuration has no such nodes."""
+    depths, nodes = _depths(step.config), step.nodes[row] if step.nodes else range(step.drafted[row])
+    return max(depths[n] for n in nodes) if max(nodes) < len(depths) else -1
 
 
 def _outcomes(step: StepRecord) -> Iterable[tuple[int, int, int, int]]:
     """(row, reached depth, accepted, drafted nodes) of the rows that drafted, are live and were not cut."""
     for row, (nodes, accepted) in enumerate(zip(step.drafted, step.accepted, strict=True)):
         if nodes and step.tokens[row] and not step.censored[row]:
-            reach = _reach(step.config)
-            if nodes >= len(reach) or accepted > reach[nodes]:
+            reached = _reached(step, row)
+            if accepted > reached:
                 raise ValueError(
                     f"step {step.index}, row {row}: {step.config!r} cannot draft {nodes} nodes and accept {accepted}; "
                     "the record does not belong to its configuration"
                 )
-            yield row, reach[nodes], accepted, nodes
+            yield row, reached, accepted, nodes
 
 
 def acceptance(steps: Iterable[StepRecord]) -> Acceptance:
@@ -118,7 +122,7 @@ def acceptance(steps: Iterable[StepRecord]) -> Acceptance:
     for step in steps:
         if step.kind == "round":
             found = [o[1:] for o in _outcomes(step)]
-            most = max(most, _reach(step.config)[-1]) if found else most
+            most = max(most, *_depths(step.config)) if found else most
             outcomes += found
     histogram, drafted_at, at_risk = [0] * (most + 1 if most else 0), [0] * most, [0] * most
     for depth, accepted, _ in outcomes:
@@ -186,6 +190,7 @@ def pool(runs: Sequence[Run]) -> Summary:
         acceptance_histogram=counts.histogram,
         acceptance_rate_per_pos=counts.acceptance_rate_per_pos,
         conditional_acceptance=counts.conditional_acceptance,
+        rank_acceptance=sum(observed(rounds, with_cut=False), Counts()).vector(),
         **_timing(steady),
         prefill_s=prefill_s / len(runs),
         busy_steps=sum("busy" in s.flags for s in rounds),

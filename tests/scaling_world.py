@@ -88,7 +88,7 @@ class World:
     def _stream(self, workload: Workload, config, block):
         config = config if isinstance(config, SpecConfig) else SpecConfig.parse(config)
         if config.tree is not None and not config.tree.is_chain:
-            raise UnsupportedConfig(f"{config}: this engine drafts chains")
+            raise UnsupportedConfig(f"{config}: this world drafts chains")
         if config.drafter == "model" and not self.has_draft:
             raise UnsupportedConfig(f"{config}: no draft model is loaded")
         kv = TARGET.kv_bytes_per_token(4)

@@ -21,7 +21,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "records": (set(), set()),
     "stream": (PURE, set()),
     "trace": (PURE | {"stream"}, set()),
-    "summary": (PURE, {"numpy"}),
+    "summary": (PURE | {"trees"}, {"numpy"}),
     "costs": (PURE, {"numpy"}),
     "trees": (PURE, {"numpy", "torch"}),  # torch in files.py only, while a `.pt` file is read (test_trees_import holds that)
     "policy": (PURE, set()),

@@ -143,7 +143,7 @@ def test_prompts_that_cannot_run_are_refused_with_numbers():
     [
         ("self:4+60/chan3", "column 11"), ("self:0+0/chain3", "at least 1 token"), ("self:4+60/chain0", "1 to 64"),
         ("self:4+60/chain1000", "1 to 64"), ("model:4+60/chain3", "no draft model is loaded"),
-        ("model:snapkv64+8/chain3", "among the target.s own keys"), ("self:4+60/2,1", "drafts chains"),
+        ("model:snapkv64+8/chain3", "among the target.s own keys"), ("self:4+60/8,8,8", "the cache has 188 slots for drafts"),
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_run_say_why(config, words):

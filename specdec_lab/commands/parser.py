@@ -45,9 +45,10 @@ def build_parser(prog: str = SHELL) -> Parser:
                     epilog=f"Every verb has its own help with examples: {prog} profile --help{codes}")
     parser.add_argument("--version", action="version", version=f"specdec_lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    from .acceptance_parser import add_acceptance
     from .bench_parser import add_bench
 
-    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, _demo):
+    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_acceptance, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))
@@ -96,7 +97,7 @@ def _run(verbs: Verbs) -> None:
     verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
     verb.add_argument("--config", default="off", metavar="CONFIG",
                       help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
-    _sampling(verb)
+    sampling_options(verb)
     verb.add_argument("--max-new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
     verb.add_argument("--trace", metavar="PATH", help="write every step here: .jsonl or .jsonl.gz")
     verb.add_argument("--perfetto", metavar="PATH", help="write a timeline for ui.perfetto.dev: .json or .json.gz")
@@ -119,7 +120,7 @@ def _profile(verbs: Verbs) -> None:
                       help="interleaved repetitions; the interval comes from them (default: 4)")
     verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
                       help="of one configuration in a block (default: 0.5)")
-    _sampling(verb)
+    sampling_options(verb)
     verb.add_argument("--trace", metavar="DIR", help="write every block as a trace into this folder")
     verb.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
     choose_model(verb)
@@ -141,7 +142,7 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
-    _sampling(verb)
+    sampling_options(verb)
     choose_model(verb)
     offer_json(verb)
 
@@ -225,7 +226,8 @@ def choose_model(verb: Parser) -> None:
     _placement(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
 
 
-def _sampling(verb: Parser) -> None:
+def sampling_options(verb: Parser) -> None:
+    """How tokens are drawn."""
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     verb.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this much probability (default: 1, all)")
     verb.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens (default: 0, all)")

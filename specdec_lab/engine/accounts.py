@@ -28,11 +28,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What a round gave each row: accepted drafts, emitted tokens, whether they were cut."""
+    """What a round gave each row: accepted drafts, emitted tokens, whether they were cut; ranks and nodes as in StepRecord."""
 
     accepted: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
     censored: tuple[bool, ...]
+    ranks: tuple[tuple[int, ...], ...] = ()
+    nodes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,10 @@ def step_record(
         index=progress.rounds, kind=kind, config=str(config), start_s=progress.seconds, wall_s=lap.wall_s, draft_s=draft_s,
         linear_s=s[Phase.LINEAR], attention_s=s[Phase.ATTENTION], commit_s=s[Phase.COMMIT], accept_s=s[Phase.ACCEPT],
         host_s=s[Phase.HOST], cpu_s=lap.cpu_s, context_tokens=context, drafted=drafted, accepted=commit.accepted,
-        tokens=commit.tokens, censored=commit.censored, draft_linear_s=s[Phase.DRAFT_LINEAR],
-        draft_attention_s=s[Phase.DRAFT_ATTENTION], draft_kv_floor_s=draft.kv_read_bytes / ceilings.read_bytes_per_s,
-        kv_floor_s=floor_s, kv_read_bytes=target.kv_read_bytes, draft_kv_read_bytes=draft.kv_read_bytes,
+        tokens=commit.tokens, censored=commit.censored, ranks=commit.ranks, nodes=commit.nodes,
+        draft_linear_s=s[Phase.DRAFT_LINEAR], draft_attention_s=s[Phase.DRAFT_ATTENTION],
+        draft_kv_floor_s=draft.kv_read_bytes / ceilings.read_bytes_per_s, kv_floor_s=floor_s,
+        kv_read_bytes=target.kv_read_bytes, draft_kv_read_bytes=draft.kv_read_bytes,
         kv_write_bytes=target.kv_write_bytes + draft.kv_write_bytes, weight_bytes=target.weight_bytes + draft.weight_bytes,
         linear_flops=target.linear_flops + draft.linear_flops, attention_flops=target.attention_flops + draft.attention_flops,
         query_tokens=target.query_tokens, draft_threads=draft.threads, verify_threads=target.threads, flags=tuple(flags),

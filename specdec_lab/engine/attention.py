@@ -7,6 +7,7 @@ acceptance.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -52,6 +53,8 @@ class Reads:
     causal        the corner is a chain: every query sees all nodes before it
     rows          [R] int32 sequences that still emit, where not all do: a back end may leave the others alone
     index         [layers, B, Hkv, N] int32 slots listed by SnapKV, ascending; a list counts as far as num_listed says
+    key           names corner, node_depths and query_nodes where they will be met again, so that a back end may keep what
+                  it made of them; the corner of a chain needs no name
     """
 
     committed: Tensor
@@ -64,6 +67,7 @@ class Reads:
     causal: bool = False
     rows: Tensor | None = None
     index: Tensor | None = None
+    key: Hashable = None
 
     @property
     def num_queries(self) -> int:

@@ -6,6 +6,7 @@ the forward that wrote them. The last slot is scratch for padding tokens. Not kn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,24 @@ class KvCache:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each a view [B, Hkv, slots, D]."""
         return self.kv[layer, 0], self.kv[layer, 1]
+
+    def compact(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
+        """Move the KV of each row's accepted nodes next to its root, in all layers at once.
+
+        paths, counts  per row the accepted nodes, numbered from the root (0) at the committed length, and how many of them
+                       count. Node paths[b][i] goes to slot committed + 1 + i; nodes that lie there already are not touched.
+        Nodes rise along a path, so a source lies at or behind its destination.
+        """
+        moves = [
+            (row, node, place) for row, (path, count) in enumerate(zip(paths, counts, strict=True))
+            for place, node in enumerate(path[:count], start=1) if node != place
+        ]
+        if not moves:
+            return
+        rows, sources, places = torch.tensor(moves, device=self.committed.device).T
+        starts = self._row_starts[:, rows, :, 0] + self.committed[rows, None]  # [2, M, Hkv]
+        kept = self._flat.index_select(1, (starts + sources[:, None]).flatten())  # read whole before anything is written
+        self._flat.index_copy_(1, (starts + places[:, None]).flatten(), kept)
 
     def commit(self, counts: Tensor) -> None:
         """Declare counts [B] more tokens final."""

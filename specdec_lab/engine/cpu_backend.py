@@ -46,6 +46,8 @@ class CpuBackend:
             return f"the compiled CPU kernel does not run on {need.device}"
         if need.softcap or need.sink_logits or need.sliding:
             return "the compiled CPU kernel has no soft-capping, sink logits or sliding-window layers"
+        if need.tree and need.max_queries > cpu.MAX_NODES:
+            return f"the compiled CPU kernel takes trees of up to {cpu.MAX_NODES} nodes, root counted, not {need.max_queries}"
         return cpu.why_not(need.head_dim, need.dtype)
 
     def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None, growth: int = 0) -> Any:
@@ -72,10 +74,11 @@ class CpuBackend:
         return CpuPlan(call, (committed, rows, workspace, reads.index, *corner), call.index or 0)
 
     def _template(self, reads: Reads, cache: KvCache, group: int) -> tuple[cpu.Call, tuple[Tensor, ...]]:
-        """What a call over this cache holds whatever the lengths are; that of a chain is made once per cache."""
+        """What a call over this cache holds whatever the lengths are; of a chain or a named tree, once per cache."""
         view = reads.view
-        key = (reads.num_queries, reads.corner.shape[1], view, group)
-        if reads.causal and key in cache.prepared:
+        key = (reads.num_queries, reads.corner.shape[1], view, group, reads.key)
+        kept = reads.causal or reads.key is not None
+        if kept and key in cache.prepared:
             found: tuple[cpu.Call, tuple[Tensor, ...]] = cache.prepared[key]
             return found
         corner = cpu.corner_bits(reads.corner), reads.node_depths.to(torch.int32), reads.query_nodes.to(torch.int32)
@@ -86,7 +89,7 @@ class CpuBackend:
         _, _, call.kv_batch, call.kv_head, call.kv_slot, _ = cache.kv.stride()
         call.slots, call.bf16 = cache.slots, int(cache.kv.dtype == torch.bfloat16)
         call.sink, call.recent = view.sink, view.recent  # both 0 where everything is visible
-        if reads.causal:
+        if kept:
             cache.prepared[key] = call, corner
         return call, corner
 

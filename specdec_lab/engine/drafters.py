@@ -6,6 +6,7 @@ or forgotten. Not known here: acceptance, records.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,9 +18,12 @@ from .batch import Batch, Forward, count_forward
 from .clocks import Clock, Phase
 from .network import DRAFT, Network
 from .snapkv import SnapKv
+from .tree_draft import draft_tree, fill_tree, text_proposal
+from .tree_layout import Layout
 from .verify import Proposal, choose_draft
 
 NGRAM_SIZES = (4, 3, 2)  # longest match first
+MAX_MATCHES = 64  # of one tail that a tree looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,18 @@ class DraftCost:
 
 
 class Drafter(Protocol):
-    """Proposes a chain per row. Drafted K/V and text beyond the committed length are never read."""
+    """Proposes a chain or tree per row. Drafted K/V and text beyond the committed length are never read."""
 
     def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
-        """At most config.tree.depth tokens per row."""
+        """At most the nodes of config.tree per row."""
+
+
+def _draft(network: Network, batch: Batch, config: SpecConfig, lag: int = 0) -> tuple[Proposal, DraftCost]:
+    """Draft config.tree. The cache holds everything before the root but the last `lag` (0 or 1) tokens."""
+    if config.is_chain:
+        return _draft_chain(network, batch, config, lag)
+    proposal, forwards = draft_tree(network, batch, config, lag)
+    return proposal, DraftCost(forwards, network.used_threads)
 
 
 def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 0) -> tuple[Proposal, DraftCost]:
@@ -83,7 +95,7 @@ class SelfDrafter:
     def propose(self, batch: Batch, config: SpecConfig, clock: Clock) -> tuple[Proposal, DraftCost]:
         """See Drafter.propose. First chooses what the view lists, where that is due."""
         chosen = self.choose(batch, config, clock)
-        proposal, cost = _draft_chain(self.network, batch, config)
+        proposal, cost = _draft(self.network, batch, config)
         return proposal, DraftCost(chosen.forwards + cost.forwards, cost.threads)
 
     def choose(self, batch: Batch, config: SpecConfig, clock: Clock) -> DraftCost:
@@ -102,6 +114,7 @@ class ModelDrafter:
 
     network: Network
     _known: list[int] = field(default_factory=list)  # committed draft KV per row, on the host
+    _layout: Layout | None = None  # of the tree drafted in this round
 
     def __post_init__(self) -> None:
         self._known = [0] * self.network.cache.batch
@@ -113,13 +126,25 @@ class ModelDrafter:
         lag = self.lag(batch) if min(batch.host_lengths) > 1 else 0
         caught_up = self.catch_up(batch, config, clock) if lag != 1 else DraftCost()
         self.network.cache.committed = batch.lengths - 1
-        proposal, cost = _draft_chain(self.network, batch, config, int(lag == 1))
+        proposal, cost = _draft(self.network, batch, config, int(lag == 1))
+        self._layout = proposal.layout
         # verify may accept what was drafted: its KV (all but the last draft's) is then already here
-        self._known = [length - 1 + config.depth for length in batch.host_lengths]
+        there = config.depth if proposal.layout is None else 1  # of a tree the root; `keep` adds what was accepted
+        self._known = [length - 1 + there for length in batch.host_lengths]
         return proposal, DraftCost(caught_up.forwards + cost.forwards, cost.threads)
+
+    def keep(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
+        """The nodes of this round's tree that verify accepted, per row: the KV of those that were fed moves to the root."""
+        if self._layout is None:
+            return
+        children = self._layout.children
+        fed = [sum(bool(children[node]) for node in path[:count]) for path, count in zip(paths, counts, strict=True)]
+        self.network.cache.compact(paths, fed)
+        self._known = [known + more for known, more in zip(self._known, fed, strict=True)]
 
     def rewind(self, batch: Batch) -> None:
         """Forget KV beyond each row's committed length. The loop calls this after every round and every rewind."""
+        self._layout = None
         self._known = [min(k, n - 1) for k, n in zip(self._known, batch.host_lengths, strict=True)]
 
     def lag(self, batch: Batch) -> int:
@@ -136,43 +161,47 @@ class ModelDrafter:
 
 @dataclass(slots=True)
 class _IndexedText:
-    """One row's text with, for each n-gram, where its latest continuation starts. Grows and rewinds token by token."""
+    """One row's text with, for each n-gram, where its continuations start. Grows and rewinds token by token."""
 
     tokens: list[int] = field(default_factory=list)
-    starts: dict[tuple[int, ...], int] = field(default_factory=dict)
-    undo: list[list[tuple[tuple[int, ...], int | None]]] = field(default_factory=list)
+    starts: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # earliest first
 
     def extend(self, tokens: list[int], sizes: tuple[int, ...]) -> None:
         for token in tokens:
             end = len(self.tokens)
-            grams = [tuple(self.tokens[-size:]) for size in sizes if end >= size]
-            self.undo.append([(gram, self.starts.get(gram)) for gram in grams])
-            self.starts.update(dict.fromkeys(grams, end))
+            for size in sizes:
+                if end >= size:
+                    self.starts.setdefault(tuple(self.tokens[-size:]), []).append(end)
             self.tokens.append(token)
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int, sizes: tuple[int, ...]) -> None:
         while len(self.tokens) > length:
             self.tokens.pop()
-            for gram, previous in reversed(self.undo.pop()):
-                if previous is None:
-                    del self.starts[gram]
-                else:
-                    self.starts[gram] = previous
+            for size in sizes:
+                if len(self.tokens) >= size:
+                    gram = tuple(self.tokens[-size:])
+                    self.starts[gram].pop()
+                    if not self.starts[gram]:
+                        del self.starts[gram]
 
     def continuation(self, depth: int, sizes: tuple[int, ...]) -> list[int]:
-        """What followed the latest match of the longest matching tail; a match that reaches the end repeats its period."""
+        """What followed the latest match of the longest matching tail, or nothing."""
+        return next(self.continuations(depth, sizes), [])
+
+    def continuations(self, depth: int, sizes: tuple[int, ...]) -> Iterator[list[int]]:
+        """What followed matches of the tail, the longest tail and its latest match first; periods that reach the end repeat."""
         end = len(self.tokens)
         for size in sizes:
-            start = self.starts.get(tuple(self.tokens[-size:])) if end >= size else None
-            if start is not None:
-                return [self.tokens[start + i % (end - start)] for i in range(depth)]
-        return []
+            starts = self.starts.get(tuple(self.tokens[-size:]), ()) if end >= size else ()
+            for start in starts[: -MAX_MATCHES - 1 : -1]:
+                yield [self.tokens[start + i % (end - start)] for i in range(depth)]
 
 
 @dataclass(slots=True)
 class NgramDrafter:
     """What followed the latest earlier occurrence of the last tokens. Costs no forward; a row without a match drafts nothing.
 
+    A tree takes several occurrences: distinct continuations become siblings, a row with few matches drafts few nodes.
     The index grows by a few dictionary entries per token, never with the text already read.
     """
 
@@ -183,6 +212,8 @@ class NgramDrafter:
         """See Drafter.propose."""
         clock.enter(Phase.DRAFT_OTHER)
         self.read(batch)
+        if not config.is_chain:
+            return self._tree(batch, config), DraftCost()
         drafts = [
             row.continuation(config.depth, self.sizes) if live else []
             for row, live in zip(self._rows, batch.host_live, strict=True)
@@ -191,6 +222,14 @@ class NgramDrafter:
         padded = torch.tensor([d + [0] * (width - len(d)) for d in drafts], dtype=torch.int64, device=device)
         counts = torch.tensor([len(d) for d in drafts], dtype=torch.int64, device=device)
         return Proposal(padded.view(len(drafts), width), counts), DraftCost()
+
+    def _tree(self, batch: Batch, config: SpecConfig) -> Proposal:
+        assert config.tree is not None
+        filled = [
+            fill_tree(config.tree, row.continuations(config.depth, self.sizes)) if live else {}
+            for row, live in zip(self._rows, batch.host_live, strict=True)
+        ]
+        return text_proposal(config.tree, filled, batch.ids.device)
 
     def read(self, batch: Batch) -> None:
         """Take in tokens emitted since the last call."""
@@ -203,4 +242,4 @@ class NgramDrafter:
     def rewind(self, batch: Batch) -> None:
         """Forget tokens beyond each row's length."""
         for row, length in zip(self._rows, batch.host_lengths, strict=False):
-            row.rewind(length)
+            row.rewind(length, self.sizes)

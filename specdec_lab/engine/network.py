@@ -56,7 +56,7 @@ class Network:
         """One forward of a round: tokens [B, T] at `reads`; the `last` queries are scored."""
         reads = self._with_lists(reads)
         keep = chain_order(tokens.shape[1], tokens.device)[tokens.shape[1] - last :]
-        kind = (min(tokens.shape[1], 2), *self._kind(reads))
+        kind = (_width_class(tokens.shape[1], reads), *self._kind(reads))
 
         if self.runner.device.type != "cpu":
             self.clock.forward(*phases)
@@ -129,3 +129,8 @@ class Network:
             known = [k + min(lag, width) for k, lag in zip(known, lags, strict=True)]
         cache.committed = torch.tensor(goal, device=device)
         return known, tuple(forwards)
+
+
+def _width_class(queries: int, reads: Reads) -> int:
+    """Forwards of one class share a thread count: one token, a chain's few, a tree's by powers of two."""
+    return min(queries, 2) if reads.causal else 1 + queries.bit_length()

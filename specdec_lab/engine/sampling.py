@@ -15,6 +15,8 @@ from torch import Tensor
 from specdec_kernels.noise import cpu as compiled
 from specdec_kernels.noise import reference
 
+_MASK = 0xFFFFFFFF
+
 
 class Purpose(IntEnum):
     """What a random number decides. Numbers of different purposes are independent."""
@@ -40,9 +42,16 @@ class Noise:
         make = compiled.words if _is_compiled(positions) else reference.words
         return make(self.seed, self.sequences, positions, int(purpose), count)
 
-    def uniform(self, positions: Tensor, purpose: Purpose) -> Tensor:
-        """One float64 in [0, 1) per position [B, T]: 32 random bits."""
-        return self.words(positions, purpose, 1)[..., 0].double() * 2.0**-32
+    def uniform(self, positions: Tensor, purpose: Purpose, lanes: Tensor | int = 0) -> Tensor:
+        """One float64 in [0, 1) per position [B, T]: 32 random bits.
+
+        lanes  broadcasts with positions; numbers of different lanes (ranks of a tree) are independent
+        """
+        if isinstance(lanes, int) and lanes == 0 and _is_compiled(positions):
+            return self.words(positions, purpose, 1)[..., 0].double() * 2.0**-32
+        zero = torch.zeros((), dtype=torch.int64, device=positions.device)
+        counter = (zero + lanes, positions, self.sequences[:, None], zero + int(purpose))
+        return reference.philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))[0].double() * 2.0**-32
 
     def gumbel(self, positions: Tensor, vocabulary: int, purpose: Purpose) -> Tensor:
         """Standard Gumbel noise [B, T, V] in float64, one number per position and token."""

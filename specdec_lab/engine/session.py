@@ -6,12 +6,13 @@ the prompt again. Not known here: who reads the records.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from ..records import KvView, SpecConfig, StepRecord, UnsupportedConfig
+from ..records import KvView, SpecConfig, StepRecord, TreeShape, UnsupportedConfig
 from ..workload import Workload
 from .accounts import Commit, Progress, count, step_record
 from .attention import AttentionBackend, chain_reads
@@ -23,6 +24,7 @@ from .models.loading import ModelPair
 from .network import TARGET, Network
 from .sampling import Noise, Processor
 from .threads import Threads
+from .tree_verify import decide_tree
 from .verify import Decision, Proposal, decide
 
 FULL = KvView.full()
@@ -79,16 +81,33 @@ class Session:
         assert config.tree is not None
         if config.view is not None and config.view.kind == "snapkv" and (reason := self._why_no_snapkv(config)):
             raise UnsupportedConfig(f"{config}: {reason}. "
-                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/chain{config.depth}.")
-        if not config.tree.is_chain:
-            raise UnsupportedConfig(f"{config}: this engine drafts chains; a tree of {config.tree.num_nodes} nodes is not one. "
-                                    f"Use {config.drafter}{f':{config.view}' if config.view else ''}/chain{config.depth}.")
+                                    f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
         if config.drafter == "model" and self._pair.draft is None:
             raise UnsupportedConfig(
                 f"{config}: no draft model is loaded. Load one with load(..., draft=...), or draft with self or ngram."
             )
-        if config.num_nodes >= DRAFT_MARGIN:
+        if config.is_chain and config.num_nodes >= DRAFT_MARGIN:
             raise UnsupportedConfig(f"{config}: at most {DRAFT_MARGIN - 1} tokens can be drafted in a round")
+        if not config.is_chain:
+            self._check_tree(config, config.tree)
+
+    def _check_tree(self, config: SpecConfig, tree: TreeShape) -> None:
+        """Refuse a tree that does not fit beside the text, the back end or the vocabulary."""
+        room = self._cache.capacity - self._workload.max_tokens
+        if tree.num_nodes > room:
+            raise UnsupportedConfig(f"{config.drafter} with a tree of {tree.num_nodes} nodes: behind the "
+                                    f"{self._workload.max_tokens} tokens of this workload the cache has {room} slots for "
+                                    "drafts. Use fewer nodes.")
+        runners = [(self._target.backend, self._pair.target)]
+        if config.drafter == "model" and self._pair.draft is not None and self._draft_backend is not None:
+            runners.append((self._draft_backend, self._pair.draft))
+        for backend, runner in runners:
+            reason = backend.why_not(replace(runner.need(), tree=True, max_queries=tree.num_nodes + 1))
+            if reason is not None:
+                raise UnsupportedConfig(f"{config.drafter} with a tree of {tree.num_nodes} nodes: {reason}. Use fewer nodes.")
+        vocab, most = self._pair.target.shape.vocab, max(Counter(tree.parents).values())
+        if config.drafter != "ngram" and most > vocab:
+            raise UnsupportedConfig(f"{config}: a node has {most} children, the vocabulary only {vocab} tokens")
 
     def _why_no_snapkv(self, config: SpecConfig) -> str | None:
         if config.drafter != "self":
@@ -148,7 +167,7 @@ class Session:
             decision, verify = self._verify(proposal)
             self._clock.enter(Phase.COMMIT)
             counts = proposal.counts.tolist()
-            commit = self._commit(decision)
+            commit = self._commit(decision, proposal)
             self._clock.enter(Phase.HOST)
             self._threads.restore()
         drafted = tuple(d if t else 0 for d, t in zip(counts, commit.tokens, strict=True))
@@ -165,13 +184,18 @@ class Session:
         root = batch.last_tokens(1)
         tokens = torch.cat([root, proposal.tokens], 1) if proposal.tokens.shape[1] else root  # [B, N+1]
         rows, width = self._target.rows(batch), tokens.shape[1]
-        reads = chain_reads(committed, width, FULL, batch.longest_committed, batch.uniform, rows)
-        verify = count_forward([n - 1 for n in batch.lengths_of(rows)], width, FULL)
+        computed = [n - 1 for n in batch.lengths_of(rows)]
+        if proposal.layout is None:
+            reads = chain_reads(committed, width, FULL, batch.longest_committed, batch.uniform, rows)
+            judge, verify = decide, count_forward(computed, width, FULL)
+        else:
+            reads = proposal.layout.whole.reads(committed, FULL, batch.longest_committed, batch.uniform, rows)
+            judge, verify = decide_tree, proposal.layout.whole.count(computed, FULL)
         scores = self._target.score(tokens, reads, width, TARGET)
         self._clock.enter(Phase.ACCEPT)
-        return decide(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise), verify
+        return judge(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise), verify
 
-    def _commit(self, decision: Decision) -> Commit:
+    def _commit(self, decision: Decision, proposal: Proposal) -> Commit:
         """Append the accepted tokens of the live rows, cut at end of text and length limit."""
         batch, emitted, most = self._batch, self._progress.emitted, self._workload.max_new_tokens
         accepted, paths = decision.num_accepted.tolist(), decision.tokens.tolist()
@@ -188,10 +212,26 @@ class Session:
             kept.append(tuple(cut))
             censored.append(len(cut) < len(offered))
         batch.write(decision.tokens)
+        counts = tuple(min(a, len(t)) for a, t in zip(accepted, kept, strict=True))
+        ranks, nodes = self._keep_path(decision, proposal, counts) if proposal.layout is not None else ((), ())
         if live != batch.host_live:
             batch.set_live(live)
         self._advance([len(t) for t in kept])
-        return Commit(tuple(min(a, len(t)) for a, t in zip(accepted, kept, strict=True)), tuple(kept), tuple(censored))
+        return Commit(counts, tuple(kept), tuple(censored), ranks, nodes)
+
+    def _keep_path(
+        self, decision: Decision, proposal: Proposal, counts: tuple[int, ...]
+    ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        """Move the KV of the accepted nodes next to the root; the ranks they have, and the nodes drafted (see StepRecord)."""
+        assert decision.path is not None
+        assert decision.ranks is not None
+        paths, batch = decision.path.tolist(), self._batch
+        self._cache.compact(paths, counts)
+        if self._model is not None:
+            self._model.keep(paths, counts)
+        ranks = tuple(tuple(row[:count]) for row, count in zip(decision.ranks.tolist(), counts, strict=True))
+        drafted = [nodes if live else () for nodes, live in zip(proposal.nodes, batch.host_live, strict=bool(proposal.nodes))]
+        return ranks, tuple(drafted)
 
     def _advance(self, counts: list[int]) -> None:
         batch = self._batch

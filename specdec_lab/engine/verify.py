@@ -1,4 +1,4 @@
-"""Score a proposed chain with the target and accept a path without changing the target's law.
+"""Score a proposed chain with the target and accept a path without changing the target's law. Trees: tree_verify.py.
 
 Three verifiers: greedy (the arg-max is the law), rejection (exact law, best acceptance; Leviathan 2023), coupled (the token
 that plain sampling with the same seed emits, so output is equal token for token). Not known here: models, caches.
@@ -14,28 +14,41 @@ from torch import Tensor
 from .attention import chain_order
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw
+from .tree_layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a drafter offers: a chain per row.
+    """What a drafter offers: a chain per row, or a tree.
 
-    tokens  [B, N] int64, entries at and beyond counts are padding
+    tokens  [B, N] int64 by node; of a chain, entries at and beyond counts are padding
     counts  [B] int64 drafted tokens of each row, 0..N
-    law     [B, N, V] the law each token was drawn from, or None for a point mass (greedy drafts, n-grams, coupled)
+    law     [B, N, V] the law each token was drawn from, or None for a point mass (greedy drafts, n-grams, coupled);
+            of a tree [B, M, V], the law that the children of each node that has any were drawn from (Layout.law_row)
+    layout  of a tree
+    nodes   which nodes of the TreeShape each row drafted, where not all rows drafted all; their bits are `exists` [B, N]
     """
 
     tokens: Tensor
     counts: Tensor
     law: Tensor | None = None
+    layout: Layout | None = None
+    nodes: tuple[tuple[int, ...], ...] = ()
+    exists: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """num_accepted [B] drafted tokens accepted; tokens [B, N+1]: the accepted ones, then the target's own next token."""
+    """num_accepted [B] drafted tokens accepted; tokens [B, N+1]: the accepted ones, then the target's own next token.
+
+    Of a tree: tokens [B, depth+1]; path [B, depth] the accepted nodes and ranks [B, depth] which child of its parent each is
+    (1 is the first), both valid up to num_accepted.
+    """
 
     num_accepted: Tensor
     tokens: Tensor
+    path: Tensor | None = None
+    ranks: Tensor | None = None
 
 
 def accept_equal(proposal: Proposal, target: Tensor) -> Decision:

@@ -17,11 +17,12 @@ from .files import TreeFileError
 from .fit import RankFit, fit_acceptance
 from .growmap import load_growmap
 from .importers import OptimizerConfig, load_acceptance, load_optimizer_config
+from .observed import observed
 from .search import best_tree
 from .shape import expected_tokens, path_chances
 
 __all__ = [
     "Acceptance", "Choice", "Counts", "OptimizerConfig", "RankFit", "TreeFileError", "Walk", "best_tree", "choose",
-    "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config", "path_chances",
+    "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config", "observed", "path_chances",
     "rank_counts", "why_not_heap",
 ]  # fmt: skip
