@@ -509,7 +509,7 @@ def test_a_second_network_refuses_lists_and_says_why():
 
 
 def test_a_tree_refuses_lists_and_says_so():
-    with pytest.raises(UnsupportedConfig, match=r"draft chains, not trees yet. Use a window such as self:4\+8/chain2"):
+    with pytest.raises(UnsupportedConfig, match=r"draft chains, not trees yet. Use a window such as self:4\+8/2,1"):
         engine_of(tiny.model("llama")).generate([[1, 2, 3]], "self:snapkv64+8/2,1")
 
 
