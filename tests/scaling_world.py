@@ -56,8 +56,9 @@ class World:
     @property
     def pair(self):
         def network(name, shape):
+            float32 = SimpleNamespace(itemsize=4)
             return SimpleNamespace(
-                name=name, shape=shape, dtype=SimpleNamespace(itemsize=4), device=SimpleNamespace(type="cpu"),
+                name=name, shape=shape, dtype=float32, kv_dtype=float32, device=SimpleNamespace(type="cpu"),
                 max_length=self.max_length,
             )
 
