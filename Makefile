@@ -45,7 +45,7 @@ bench: $(VENV)/.dev  ## race ours against other engines; a peer whose tokens dif
 	$(BIN)/specdec-lab bench race
 
 notebooks: $(VENV)/.dev  ## run the notebooks again and store their outputs
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
