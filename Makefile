@@ -22,7 +22,7 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing specdec_lab with its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP_INSTALL) --editable ".[test,e2e,notebook,report,check]"
+	$(PIP_INSTALL) --editable ".[test,e2e,notebook,report,check,kernels-ci]"
 	@touch $@ $(VENV)/.base
 
 setup: $(VENV)/.dev  ## install everything, tools for tests and notebooks included
