@@ -168,7 +168,7 @@ def test_a_typo_is_answered_with_its_place_and_where_to_look(words, message):
     ("run --prompt x --cell 1x64", "--cell belongs to --workload"),
     ("run --prompt x --config nowhere.json", "policy nowhere.json: cannot be read: No such file or directory. Make one with"),
     ("run --prompt x --config self:4+60", "config 'self:4+60': the tree is missing"),
-    ("run --prompt x --config self:snapkv64+8/2,2", "self:snapkv64+8/2,2: SnapKV views draft chains, not trees"),
+    ("run --prompt x --config model:snapkv64+8/2,2", "model:snapkv64+8/2,2: SnapKV chooses among the target's own keys"),
     ("run --prompt x --temperature -1", "temperature must be 0 (greedy) or more, got -1.0"),
     ("run --prompt x --top-p 0", "top_p must lie in (0, 1], got 0.0"),
     ("run --prompt x --max-new-tokens 9000", "prompt and reply need 9001 tokens"),

@@ -202,7 +202,7 @@ def test_what_other_rooms_made_shows_itself_as_text_and_table(shell):
     ("%specdec nope", "invalid choice: 'nope'"),
     ("%specdec profile --cells 1x20 --configs slef:4+60/chain3", "column 1: drafter 'slef' is none of"),
     ("%specdec run --prompt 'open", "No closing quotation in: run --prompt 'open"),
-    ("%specdec run --prompt x --config self:snapkv64+8/2,2", "SnapKV views draft chains, not trees"),
+    ("%specdec run --prompt x --config model:snapkv64+8/2,2", "SnapKV chooses among the target's own keys"),
     ("%specdec profile --cells 1x9000 --configs off", "none of these cells can run"),
     ("%specdec policy show", "there is no policy.json here"),
     ("%specdec replay nowhere.jsonl", "there is no trace at nowhere.jsonl"),

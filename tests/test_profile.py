@@ -210,8 +210,8 @@ def test_a_cell_that_does_not_fit_is_skipped_with_the_bytes_and_the_others_go_on
 
 
 def test_what_the_engine_cannot_run_is_said_before_anything_is_measured(engine):
-    with pytest.raises(UnsupportedConfig, match="SnapKV views draft chains, not trees"):
-        profile(engine, ["1x20"], ["off", "self:snapkv64+8/2,2"], workload=letters.random_text())
+    with pytest.raises(UnsupportedConfig, match="SnapKV chooses among the target's own keys"):
+        profile(engine, ["1x20"], ["off", "model:snapkv64+8/2,2"], workload=letters.random_text())
     without_draft = sd.Engine(replace(letters.pair(), draft=None))
     with pytest.raises(UnsupportedConfig, match="no draft model is loaded"):
         check_configs(without_draft, [SpecConfig.parse("model:4+28/chain2")])

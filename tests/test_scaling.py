@@ -592,7 +592,7 @@ def test_sampling_is_measured_too(random_text):
     (("--batches", "4"), "scaling needs at least 2 batch sizes"),
     (("--lengths", "1k"), "scaling needs at least 2 lengths"),
     (("--configs", "nonsense/chain3"), "drafter 'nonsense' is none of"),
-    (("--configs", "self:snapkv64+8/2,2"), "SnapKV views draft chains, not trees"),
+    (("--configs", "model:snapkv64+8/2,2"), "SnapKV chooses among the target's own keys"),
     (("--lengths", "16,5k"), "only 1x16, 2x16, 4x16, 8x16, 16x16 can run here"),
     (("--from", "nowhere.jsonl"), "nowhere.jsonl: No such file or directory"),
     (("--from", "x", "--batches", "1,2", "--save"), "leave out --batches, --save, or leave out --from"),

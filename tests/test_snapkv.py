@@ -508,11 +508,6 @@ def test_a_second_network_refuses_lists_and_says_why():
         engine.generate([[1, 2, 3]], "model:snapkv64+8/chain3")
 
 
-def test_a_tree_refuses_lists_and_says_so():
-    with pytest.raises(UnsupportedConfig, match=r"draft chains, not trees yet. Use a window such as self:4\+8/2,1"):
-        engine_of(tiny.model("llama")).generate([[1, 2, 3]], "self:snapkv64+8/2,1")
-
-
 def test_sliding_window_layers_refuse_lists_and_say_why():
     made = tiny.model("mistral", sliding_window=16)
     engine = engine_of(made, runner="hf")

@@ -112,9 +112,7 @@ class Session:
     def _why_no_snapkv(self, config: SpecConfig) -> str | None:
         if config.drafter != "self":
             return "SnapKV chooses among the target's own keys, and a second network reads its own text through windows"
-        if config.tree is not None and not config.tree.is_chain:
-            return "SnapKV views draft chains, not trees yet"
-        return self._target.backend.why_not(replace(self._pair.target.need(), index_list=True))
+        return self._target.backend.why_not(replace(self._pair.target.need(), index_list=True, tree=not config.is_chain))
 
     def rewind(self) -> None:
         """Back to the end of the prompts; their KV stays."""

@@ -52,7 +52,7 @@ class Level:
         )
 
     def count(self, committed: list[int], view: KvView) -> Forward:
-        """The exact counts of a forward of these nodes: one depth where the view is a window."""
+        """The exact counts of a forward of these nodes: of one depth where the view is a window, with or without lists."""
         queries, keys, pairs = len(self.depths), 0, 0
         for length in committed:
             if view.kind == "full":
@@ -60,7 +60,9 @@ class Level:
                 pairs += queries * (length + 1) + sum(self.depths)
                 continue
             depth = self.depths[0]
-            prefix = min(length, view.sink) + max(0, length - max(view.sink, length + depth - view.recent + 1))
+            before = length + depth - view.recent + 1  # the window's first position
+            stays = min(length, view.sink) if view.kind == "window" else min(view.budget, max(before, 0), length)
+            prefix = stays + max(0, length - max(view.sink, before))
             seen = [e for e in range(depth + 1) if depth - e < view.recent or length + e < view.sink]
             keys += prefix + sum(self.ancestors[e] for e in seen)
             pairs += queries * (prefix + len(seen))
