@@ -346,7 +346,7 @@ def test_acceptance_does_not_drift_down_over_many_windows(config):
 
 
 def test_the_drift_test_catches_a_window_that_is_frozen_after_the_prompt(monkeypatch):
-    window, visible, first = SdpaBackend._window_slots, Reads.visible, {}
+    window, visible, first = SdpaBackend.window_slots, Reads.visible, {}
 
     def frozen(reads, width):
         slots, valid = window(reads, width)
@@ -359,7 +359,7 @@ def test_the_drift_test_catches_a_window_that_is_frozen_after_the_prompt(monkeyp
         seen = visible(self, keys, sliding)
         return torch.ones_like(seen) if self.view.kind == "snapkv" else seen
 
-    monkeypatch.setattr(SdpaBackend, "_window_slots", staticmethod(frozen))
+    monkeypatch.setattr(SdpaBackend, "window_slots", staticmethod(frozen))
     monkeypatch.setattr(Reads, "visible", sees)
     rates, _ = acceptance_by_half("self:snapkv16+12/chain3")
     assert not does_not_drift(rates)

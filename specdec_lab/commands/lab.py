@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..engine.models.loading import ModelPair
     from ..policy import Policy
 
-PLACEMENT = ("device", "dtype", "kv_dtype", "runner")
+PLACEMENT = ("device", "dtype", "kv_dtype", "runner", "draft_positions")
 MEASURING = ("run", "profile", "tune")  # in the background; what else is measured meanwhile would disturb and be disturbed
 
 

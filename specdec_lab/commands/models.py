@@ -47,12 +47,14 @@ def words(engine: Engine) -> str:
 
 
 def _model(model: Runner) -> dict[str, Any]:
+    from ..engine.models.runner import position_mode
+
     return {
         "name": model.name, "runner": model.kind, "dtype": str(model.dtype).removeprefix("torch."),
         "kv_dtype": str(model.kv_dtype).removeprefix("torch."),
         "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(model.dtype.itemsize),
         "kv_bytes_per_token": model.shape.kv_bytes_per_token(model.kv_dtype.itemsize), "max_length": model.max_length,
-        "fingerprint": model.fingerprint,
+        "fingerprint": model.fingerprint, "position_mode": position_mode(model),
     }  # fmt: skip
 
 
@@ -60,5 +62,5 @@ def _line(model: dict[str, Any]) -> str:
     return (
         f"{model['name']}, {model['parameters']:,} parameters, {model['dtype']}, {model['weight_bytes'] / 1e6:.1f} MB of "
         f"weights, {model['kv_bytes_per_token']:,} bytes of {model['kv_dtype']} KV per token, {model['max_length']:,} "
-        f"positions, runner {model['runner']}"
+        f"positions{' of the cache' if model['position_mode'] == 'cache' else ''}, runner {model['runner']}"
     )

@@ -216,6 +216,8 @@ def _placement(verb: Parser) -> None:
     verb.add_argument("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 (default: auto)")
     verb.add_argument("--kv-dtype", metavar="DTYPE", help="of keys and values in the cache (default: as --dtype)")
     verb.add_argument("--runner", choices=("auto", "fast", "hf"), help="fast: ours; hf: transformers' modules (default: auto)")
+    verb.add_argument("--draft-positions", choices=("absolute", "cache"),
+                      help="cache: for a draft trained on shorter texts than these; its window then fits (default: absolute)")
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
 
 

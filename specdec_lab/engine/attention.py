@@ -253,7 +253,7 @@ class SdpaBackend:
             return self._plan_lists(reads, group, dtype)
         width = (reads.view.max_tokens or 0) + reads.corner.shape[1]
         if reads.view.kind == "window" and width < reads.longest:
-            slots, valid = self._window_slots(reads, width)
+            slots, valid = self.window_slots(reads, width)
             return DensePlan(slots, reads.longest, _additive(reads.visible(slots, sliding) & valid[:, None], group, dtype))
         rows = 1 if reads.uniform else reads.committed.shape[0]
         keys = torch.arange(reads.longest, device=reads.committed.device)[None].expand(rows, -1)
@@ -264,14 +264,14 @@ class SdpaBackend:
     def _plan_lists(self, reads: Reads, group: int, dtype: torch.dtype) -> DensePlan:
         """Listed keys, then the window: which entries count depends on the row, so one mask serves all layers and heads."""
         assert reads.index is not None
-        slots, valid = self._window_slots(reads, min(reads.view.recent + reads.corner.shape[1], reads.longest))
+        slots, valid = self.window_slots(reads, min(reads.view.recent + reads.corner.shape[1], reads.longest))
         near = reads.visible(slots) & valid[:, None]  # [B, T, window]
         listed = torch.arange(reads.index.shape[-1], device=slots.device) < reads.num_listed[:, None]
         both = torch.cat([listed[:, None].expand(-1, near.shape[1], -1), near], -1)
         return DensePlan(slots, reads.longest, _additive(both, group, dtype), reads=reads)
 
     @staticmethod
-    def _window_slots(reads: Reads, width: int) -> tuple[Tensor, Tensor]:
+    def window_slots(reads: Reads, width: int) -> tuple[Tensor, Tensor]:
         """Sinks, then the last slots up to the corner's end: [B, width] without repeats, and which entries are real."""
         sink = reads.view.sink
         end = reads.committed[:, None] + reads.corner.shape[1]

@@ -21,15 +21,17 @@ from ..summary import summarize
 from ..workload import Workload
 from .attention import AttentionBackend
 from .backends import pick
+from .cache_positions import draft_backend
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .models.loading import ModelPair
-from .models.runner import Runner
+from .models.runner import Runner, position_mode
 from .session import Session
 from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
 PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
+DRAFT_BEYOND = "draft beyond trained length"
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
 
 
@@ -67,7 +69,7 @@ class Engine:
     ) -> None:
         self.pair, self.instrument = pair, instrument
         self.backend, self.refused = pick(backend, pair.target.need())
-        self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
+        self._draft_backend = draft_backend(pair.draft, backend) if pair.draft else None
         self._clock = clock
         self._versions = machine.versions()
         self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
@@ -125,6 +127,8 @@ class Engine:
         if self.pair.draft:
             drafters["model"] = {"kind": "model", "draft": self.pair.draft.fingerprint, "dtype": str(self.pair.draft.dtype),
                                  "kv_dtype": str(self.pair.draft.kv_dtype)}
+            if self.pair.draft.rotation is not None:  # absent where absolute: older measurements keep their fingerprint
+                drafters["model"]["position_mode"] = position_mode(self.pair.draft)
         return Identity(device, base, drafters, {"torch": torch.__version__})
 
     def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -147,7 +151,7 @@ class Engine:
                 f"{MAX_OVERRUN_TOKENS} beyond them are allowed. Ask for fewer new tokens."
             )
 
-    def _labels(self, workload: Workload) -> tuple[str, ...]:
+    def _labels(self, workload: Workload, choose: Any) -> tuple[str, ...]:
         """What a reader of the numbers must know."""
         labels = list(workload.labels)
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
@@ -156,6 +160,8 @@ class Engine:
             labels.append("KV fits in cache")
         if workload.max_tokens > self.pair.target.max_length:
             labels.append("beyond trained length")
+        if self.pair.draft and (beyond := _draft_beyond(self.pair.draft, workload.max_tokens, choose)):
+            labels.append(beyond)
         return tuple(labels)
 
     def header(self, workload: Workload, choose: Any, block: int | None = None) -> RunHeader:
@@ -174,7 +180,7 @@ class Engine:
             versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
             temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
             ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
-            labels=self._labels(workload), block=block,
+            labels=self._labels(workload, choose), block=block,
         )
 
 
@@ -253,13 +259,24 @@ def _spelling(choose: Any) -> str:
     return "policy" if hasattr(choose, "chooser") else "function"
 
 
+def _draft_beyond(draft: Runner, text: int, choose: Any) -> str | None:
+    """The label of a run whose draft meets positions that it was not trained on: always, or perhaps where that is not known."""
+    if isinstance(choose, str | SpecConfig):
+        view = _parse(choose).view if _parse(choose).drafter == "model" else None
+        within = None if draft.rotation is None or view is None else view.max_tokens  # of a window, whatever the text's length
+        met = 0 if view is None else text if within is None else min(text, within)
+        return DRAFT_BEYOND if met > draft.max_length else None
+    perhaps = "if it drafts" if draft.rotation is None else "if its window is longer than that"
+    return f"{DRAFT_BEYOND}, {perhaps}" if text > draft.max_length else None
+
+
 def _facts(runner: Runner, backend: AttentionBackend) -> dict[str, Any]:
     reason = runner.why_not_compiled(backend)
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
         "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
         "rounds": "one compiled call" if reason is None else f"layer by layer: {reason}",
-        "prompts": PROMPTS.get(backend.name, backend.name),
+        "prompts": PROMPTS.get(backend.name, backend.name), "position_mode": position_mode(runner),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,
     }

@@ -23,6 +23,7 @@ from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache, available_bytes
 from ..clocks import Clock, Phase
 from ..cpu_backend import CpuBackend, CpuPlan
+from .rotation import Rotation, rotation_of
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -119,7 +120,7 @@ class FastLlama:
 
     def __init__(
         self, config: Any, weights: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None, moves_sinks: bool = False,
     ) -> None:
         reason = why_not(config)
         if reason is not None:
@@ -128,6 +129,7 @@ class FastLlama:
         self.name, self.dtype, self.kv_dtype, self.device = name, dtype, kv_dtype or dtype, device
         self.shape, self.max_length = shape_of(config), int(config.max_position_embeddings)
         self.fingerprint = weights_fingerprint(config.to_diff_dict(), weights.items())
+        self.rotation: Rotation | None = rotation_of(config, device) if moves_sinks else None
         self._eps = float(config.rms_norm_eps)
         self._scale = self.shape.head_dim**-0.5
         self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
@@ -165,7 +167,8 @@ class FastLlama:
         order = torch.arange(positions, dtype=torch.float32)
         angles = order[:, None] * rotary.inv_freq.float()[None, :]
         scaling = float(rotary.attention_scaling)
-        return (angles.cos() * scaling).to(self.device), (angles.sin() * scaling).to(self.device)
+        cos, sin = (angles.cos(), angles.sin()) if self.rotation is None else self.rotation.at(order)
+        return (cos * scaling).to(self.device), (sin * scaling).to(self.device)
 
     def need(self) -> Need:
         """Plain softmax attention with this head size and grouping."""

@@ -17,6 +17,7 @@ from specdec_kernels.decoder.cpu import Draw
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+from .rotation import Rotation, learned_positions, rotation_of, turn
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 INTERFACE = "specdec_lab"
@@ -28,13 +29,14 @@ class ModelRefused(ValueError):
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What one forward hands to every attention layer."""
+    """What one forward hands to every attention layer; `turns` what the model itself left at position 0."""
 
     reads: Reads
     cache: KvCache
     backend: AttentionBackend
     clock: Clock
     index: Tensor
+    turns: tuple[Tensor, Tensor] | None = None  # cos and sin [B, 1, T, D/2]
     plans: dict[int | None, Any] = field(default_factory=dict)  # sliding window -> plan
 
     def plan(self, group: int, sliding: int | None) -> Any:
@@ -61,8 +63,11 @@ def _attention(
     queries = query.shape[2] // batch
     kv = torch.stack([key[0], value[0]])  # [2, Hkv, B*T, D]
     kv = kv.view(2, kv.shape[1], batch, queries, -1).transpose(1, 2)
-    ctx.cache.append(module.layer_idx, kv, ctx.index)
     q = query[0].transpose(0, 1).reshape(batch, queries, query.shape[1], -1)
+    if ctx.turns is not None:
+        kv = torch.stack([turn(kv[0], *ctx.turns), kv[1]])
+        q = turn(q.transpose(1, 2), *ctx.turns).transpose(1, 2)
+    ctx.cache.append(module.layer_idx, kv, ctx.index)
     ctx.clock.attention()
     plan = ctx.plan(query.shape[1] // key.shape[1], sliding_window)
     out = ctx.backend.attend(q, ctx.cache, module.layer_idx, plan, scaling or q.shape[-1] ** -0.5)
@@ -75,7 +80,7 @@ class HFRunner:
 
     kind = "hf"
 
-    def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None, moves_sinks: bool = False) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(INTERFACE, _attention)
@@ -91,6 +96,11 @@ class HFRunner:
                 raise ModelRefused(f"{type(model).__name__} uses {name_of}, which no CPU back end here implements")
         if not hasattr(config, "num_attention_heads") or not hasattr(config, "max_position_embeddings"):
             raise ModelRefused(f"{type(model).__name__}: its configuration names no heads or no maximum length")
+        if moves_sinks and (learned := learned_positions(model, model.get_input_embeddings())):
+            raise ModelRefused(
+                f"{type(model).__name__} learned its positions one by one ({learned}), and what a key says of its own cannot "
+                "be moved. Use draft_positions='absolute'."
+            )
         self._model = model.eval()
         self.name = name
         self.shape = shape_of(config)
@@ -99,6 +109,7 @@ class HFRunner:
         self.kv_dtype = kv_dtype or first.dtype
         self.max_length = int(config.max_position_embeddings)
         self.fingerprint = weights_fingerprint(model.config.to_diff_dict(), model.state_dict().items())
+        self.rotation: Rotation | None = rotation_of(config, self.device) if moves_sinks else None
         self._sliding = bool(getattr(config, "sliding_window", None))
 
     def need(self) -> Need:
@@ -118,11 +129,15 @@ class HFRunner:
         """See Runner.forward."""
         batch, queries = tokens.shape
         context = ForwardContext(reads, cache, backend, clock, write_slots(reads, cache, padding))
+        positions = reads.positions
+        if self.rotation is not None:  # turned in `_attention`, from exact angles; lengths that choose the angles stay short
+            cos, sin = self.rotation.at(positions)
+            context.turns, positions = (cos[:, None], sin[:, None]), torch.zeros_like(positions)
         rows = torch.arange(batch, device=tokens.device)[:, None] * queries
         # a prompt chunk needs no logits, but the interface computes at least one
         kept = (rows + (keep if keep is not None else torch.zeros(1, dtype=torch.int64, device=tokens.device))).reshape(-1)
         out: Tensor = self._model(
-            input_ids=tokens.reshape(1, -1), position_ids=reads.positions.reshape(1, -1), use_cache=False,
+            input_ids=tokens.reshape(1, -1), position_ids=positions.reshape(1, -1), use_cache=False,
             logits_to_keep=kept[:1] if keep is None else kept, sd_ctx=context,
         ).logits
         return Scores(out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fast_llama
+from . import fast_llama, rotation
 from .fast_llama import FastLlama, WeightsMismatch
 from .hf import HFRunner
 from .runner import Runner
@@ -48,7 +48,7 @@ class ModelPair:
 
 def load(
     model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto",
-    kv_dtype: str | torch.dtype = "auto",
+    kv_dtype: str | torch.dtype = "auto", draft_positions: str = "absolute",
 ) -> ModelPair:
     """The pair to speculate with.
 
@@ -56,10 +56,14 @@ def load(
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
-    raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner that cannot
+    draft_positions  absolute, or cache for a draft trained on shorter texts than these: through a window it then sees what it
+                  would see in a text of sink + recent tokens
+    raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner or a draft that cannot
     """
     if runner not in ("auto", "fast", "hf"):
         raise ValueError(f"runner must be auto, fast or hf, got {runner!r}")
+    if draft_positions not in rotation.MODES:
+        raise ValueError(f"draft_positions must be {' or '.join(rotation.MODES)}, got {draft_positions!r}")
     place, cached = _device(device), None if kv_dtype == "auto" else _named_dtype(kv_dtype)
     if cached is not None and not cached.is_floating_point:
         raise ValueError(f"kv_dtype must be a floating type such as float32 or bfloat16, got {kv_dtype!r}")
@@ -71,9 +75,12 @@ def load(
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
     target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached)
+    moves_sinks = draft_positions == "cache"
     if draft is None:
+        if moves_sinks:
+            raise ValueError("draft_positions='cache' is about a draft model, and none is loaded. Load one with draft=...")
         return ModelPair(name, target, None, tokenizer, eos_ids)
-    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached)
+    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached, moves_sinks)
     _check_vocabularies(target, tokenizer, helper, draft_tokenizer)
     return ModelPair(name, target, helper, tokenizer, eos_ids)
 
@@ -91,11 +98,12 @@ def _device(name: str) -> torch.device:
 
 
 def _load_one(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None,
+    moves_sinks: bool = False,
 ) -> tuple[Runner, Any | None, tuple[int, ...]]:
     """A runner, its tokenizer if it has one, and its end-of-text ids."""
     if not isinstance(model, str | Path):
-        return _from_memory(model, device, dtype, runner, kv_dtype)
+        return _from_memory(model, device, dtype, runner, kv_dtype, moves_sinks)
     from transformers import AutoConfig, AutoTokenizer
 
     where = str(model)
@@ -114,9 +122,11 @@ def _load_one(
     name = DEMO_NAMES.get(Path(where)) or (Path(where).name if Path(where).exists() else where)
     loaded: Runner
     if runner == "hf" or reason:
-        loaded = HFRunner(_hf_model(where, chosen, device), name=name, kv_dtype=kv_dtype)
+        loaded = HFRunner(_hf_model(where, chosen, device), name=name, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
     else:
-        loaded = FastLlama(config, read_weights(where), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype)
+        loaded = FastLlama(
+            config, read_weights(where), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype, moves_sinks=moves_sinks
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
@@ -126,7 +136,7 @@ def _load_one(
 
 
 def _from_memory(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None, moves_sinks: bool
 ) -> tuple[Runner, None, tuple[int, ...]]:
     if not hasattr(model, "config") or not hasattr(model, "state_dict"):
         raise ModelNotFound(
@@ -139,10 +149,11 @@ def _from_memory(
     chosen = next(model.parameters()).dtype if dtype == "auto" else _dtype(dtype, model.config, device)
     loaded: Runner
     if runner == "hf" or reason:
-        loaded = HFRunner(model.to(device, chosen), name=name, kv_dtype=kv_dtype)
+        loaded = HFRunner(model.to(device, chosen), name=name, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
     else:
         loaded = FastLlama(
-            model.config, model.state_dict(), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype
+            model.config, model.state_dict(), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype,
+            moves_sinks=moves_sinks,
         )
     return loaded, None, _eos(model.config)
 

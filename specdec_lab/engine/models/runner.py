@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+
+if TYPE_CHECKING:
+    from .rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Runner(Protocol):
     kv_dtype: torch.dtype
     device: torch.device
     max_length: int  # positions the model was made for
+    rotation: Rotation | None  # how its keys are moved, where its positions are those of the cache (see rotation.py)
     fingerprint: str
 
     def need(self) -> Need:
@@ -76,6 +80,11 @@ class Runner(Protocol):
 
     def why_not_compiled(self, backend: AttentionBackend) -> str | None:
         """None if rounds over this back end run as one compiled call each, else the reason in words."""
+
+
+def position_mode(runner: Runner) -> str:
+    """`absolute`, or `cache` for a draft whose sinks are read as if they stood next to its window."""
+    return "absolute" if runner.rotation is None else "cache"
 
 
 def shape_of(config: Any) -> ModelShape:
