@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from specdec_lab.engine.conformance.cases import GARBAGE
 from specdec_lab.records import KvView
 
 NEED = Need("cpu", torch.float32, 16, 2, tree=True, sliding=True)
+LISTS = Need("cpu", torch.float32, 16, 2, tree=True, window=False, index_list=True)
 LESS = Need("cpu", torch.float32, 16, 2, max_queries=9, window=False, sliding=True)
 
 
@@ -35,6 +37,10 @@ class Planted(ReferenceBackend):
     def bias(self, reads):
         return 0.0
 
+    def times(self, reads, near, layer):
+        """How often each key is read, [B, 1 or Hkv, T, N]: because it is near, or because it is listed."""
+        return near if reads.index is None else near | reads.listed(layer, reads.longest)[:, :, None]
+
     def plan(self, reads, cache, group, sliding=None):
         read = self.read(reads)
         plan = super().plan(read, cache, group, sliding)
@@ -49,10 +55,13 @@ class Planted(ReferenceBackend):
     def attend(self, q, cache, layer, plan, scale):
         reads, plan = plan
         k, v = (part[:, :, : plan.longest].double() for part in cache.layer(layer))
-        read = plan.mask.any(-2)[..., None]
-        k, v = (self.share(self.load(part, read), q.shape[2] // k.shape[1]) for part in (k, v))
-        scores = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale + self.bias(reads)
-        return (scores.masked_fill(~plan.mask, -torch.inf).softmax(-1) @ v).transpose(1, 2).to(q.dtype)
+        times = self.times(reads, plan.mask, layer)
+        read, group = times.any(-2)[..., None], q.shape[2] // k.shape[1]
+        k, v = (self.share(self.load(part, read), group) for part in (k, v))
+        if times.shape[1] > 1:
+            times = times.repeat_interleave(group, 1)
+        scores = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale + self.bias(reads) + times.log()
+        return (scores.softmax(-1) @ v).transpose(1, 2).to(q.dtype)
 
 
 class WindowOffByOne(Planted):
@@ -230,6 +239,82 @@ class BitsOfTheThreads(Planted):
         return super().attend(q, cache, layer, plan, scale) * (1 + 2**-22 * (torch.get_num_threads() > 1))
 
 
+class ListIgnored(Planted):
+    def times(self, reads, near, layer):
+        return near
+
+
+class ListEntryReadTwice(Planted):
+    """A block of a list that is not full repeats its last entry, and does not mask the copy."""
+
+    def times(self, reads, near, layer):
+        if reads.index is None:
+            return near
+        lists, ends = reads.index[layer].long(), reads.num_listed[:, None, None]
+        last = lists.gather(2, (ends - 1).clamp(min=0).expand(-1, lists.shape[1], -1))
+        again = torch.zeros(*lists.shape[:2], reads.longest).scatter_(2, last, (ends > 0).float().expand_as(last))
+        return super().times(reads, near, layer).double() + again[:, :, None]
+
+
+class ListOfTheFirstHead(Planted):
+    def read(self, reads):
+        return reads if reads.index is None else replace(reads, index=reads.index[:, :, :1].expand_as(reads.index))
+
+
+class ListOfTheFirstLayer(Planted):
+    def read(self, reads):
+        return reads if reads.index is None else replace(reads, index=reads.index[:1].expand_as(reads.index))
+
+
+class ListOfTheFirstRow(Planted):
+    def read(self, reads):
+        return reads if reads.index is None else replace(reads, index=reads.index[:, :1].expand_as(reads.index))
+
+
+class ListReadToItsEnd(Planted):
+    """Entries beyond num_listed count: keys of the window, of the future, of other branches."""
+
+    def times(self, reads, near, layer):
+        if reads.index is None:
+            return near
+        lists = reads.index[layer].long()
+        inside = lists < (reads.committed[:, None, None] + reads.corner.shape[1])
+        named = torch.zeros(*lists.shape[:2], reads.longest + 1, dtype=torch.float64)
+        named.scatter_add_(2, torch.where(inside, lists, reads.longest), inside.double())
+        return near.double() + named[:, :, None, :-1]
+
+
+class ListEndsAtTheDeepestWindow(Planted):
+    """What left only the deepest query's window is read by all."""
+
+    def times(self, reads, near, layer):
+        if reads.index is None:
+            return near
+        deep = reads.node_depths[reads.query_nodes].max() - reads.node_depths[reads.query_nodes].min()
+        later = replace(reads, committed=reads.committed + deep)
+        return near.double() + later.listed(layer, reads.longest)[:, :, None]
+
+
+class ListEndsAtTheWindowOfTheRoot(Planted):
+    """Deeper levels of a tree begin later, and so do their lists end."""
+
+    def times(self, reads, near, layer):
+        if reads.index is None:
+            return near
+        lists = reads.index[layer].long()
+        ends = (reads.committed + 1 - reads.view.recent).clamp(min=0, max=lists.shape[-1])
+        counts = torch.arange(lists.shape[-1]) < ends[:, None, None]
+        named = torch.zeros(*lists.shape[:2], reads.longest + 1, dtype=torch.bool)
+        return near | named.scatter_(2, torch.where(counts, lists, reads.longest), True)[:, :, None, :-1]
+
+
+FAULTY_LISTS = {
+    ListIgnored: "rows are wrong by", ListEntryReadTwice: "rows are wrong by", ListOfTheFirstHead: "rows are wrong by",
+    ListOfTheFirstLayer: "rows are wrong by", ListOfTheFirstRow: "rows are", ListReadToItsEnd: "rows are",
+    ListEndsAtTheDeepestWindow: "(chain of 5|tree of 7).*rows are wrong by",
+    ListEndsAtTheWindowOfTheRoot: "(draft step 3|leaves of a tree).*rows are wrong by",
+}  # fmt: skip
+
 PLANTED = {
     WindowOffByOne: r"view \d+\+\d+.*rows are wrong by", SinkCountedTwice: r"view \d+\+\d+.*rows are wrong by",
     FutureNodeLeaks: "rows are wrong by", SiblingsSeeEachOther: "(star|tree) of .*rows are wrong by",
@@ -260,6 +345,46 @@ def test_a_planted_fault_is_found_and_its_case_named(planted):
     with pytest.raises(Found, match=PLANTED[planted]) as found:
         conformance.check(planted(), NEED, stop_at_a_fault)
     assert "KV heads x 16, group 2, float32: " in str(found.value)
+
+
+def list_cases():
+    return [case for case in conformance.cases(LISTS) if case.need.index_list]
+
+
+@pytest.mark.parametrize("planted", FAULTY_LISTS, ids=lambda planted: planted.__name__)
+def test_a_fault_in_reading_lists_is_found_in_chains_and_trees(planted):
+    faulty = [verdict for case in list_cases() if (verdict := conformance.judge(planted(), case)).faults]
+    assert all("view snapkv" in str(verdict) for verdict in faulty)
+    assert any(re.search(FAULTY_LISTS[planted], str(verdict)) for verdict in faulty), [str(v) for v in faulty]
+    if planted not in (ListEndsAtTheDeepestWindow, ListEndsAtTheWindowOfTheRoot):  # which one query alone cannot show
+        kinds = {verdict.case.corner.name.partition(" ")[0] for verdict in faulty}
+        assert kinds == {"chain", "draft", "tree", "leaves"}
+
+
+def test_lists_without_a_fault_are_green_and_every_kind_of_list_is_read():
+    cases, ends = list_cases(), set()
+    assert 80 < len(cases) < 100
+    for case in cases:
+        assert conformance.judge(Planted(), case).faults == (), case.name
+        reads = case.build(True).reads
+        for committed, end in zip(reads.committed.tolist(), reads.num_listed.tolist(), strict=True):
+            whole = end == reads.index.shape[-1]
+            ends.add("none" if end == 0 else "cut short" if not whole else "whole, chosen" if committed > 90 else "whole")
+    assert ends == {"none", "cut short", "whole, chosen", "whole"}
+
+
+def test_a_back_end_that_refuses_lists_is_not_asked_to_read_them():
+    class NoLists(Planted):
+        def why_not(self, need):
+            return "no lists here" if need.index_list else None
+
+        def plan(self, reads, cache, group, sliding=None):
+            assert reads.index is None, "a refused case was run"
+            return super().plan(reads, cache, group, sliding)
+
+    verdicts = [conformance.judge(NoLists(), case) for case in list_cases()]
+    assert {v.refusal for v in verdicts} == {"no lists here"}
+    assert not any(case.need.index_list for case in conformance.cases(NEED)), "lists are asked for by name"
 
 
 def test_the_back_end_without_a_fault_is_green():
@@ -368,7 +493,7 @@ def test_the_suite_covers_what_it_is_for():
     assert {str(case.view) for case in cases} >= {"full", "4+12", "0+1", "3+1", "0+63", "9+500", "4+5000"}
     corners = {case.corner.name.partition(" of ")[0] for case in cases}
     assert corners == {"chain", "star", "tree", "leaves", "draft step 0", "draft step 1", "draft step 3"}
-    assert 1000 < len([case for case in cases if case.need.device == "cpu"]) < 1200, "the documentation says about 1,100"
+    assert 1250 < len([case for case in cases if case.need.device == "cpu"]) < 1350, "the documentation says about 1,300"
     mixed = {(case.query_dtype, case.need.dtype) for case in cases if case.query_dtype}
     assert mixed == {(torch.float32, torch.bfloat16)}
     assert {case.layout for case in cases} == {"contiguous", "sliced", "transposed"}

@@ -26,6 +26,8 @@ BORDERS = (0, 1, 63, 64, 65, 2047, 2048, 2049)  # of blocks and chunks of keys
 WIDTHS = (1, 2, 3, 5, 8, 9, 16, 33, 64)
 FULL = KvView.full()
 WINDOWS = tuple(KvView.parse(v) for v in ("4+12", "0+1", "3+1", "0+63", "9+500", "4+5000"))
+LISTS = tuple(KvView.parse(v) for v in ("snapkv1+1", "snapkv12+4", "snapkv63+64", "snapkv300+7"))
+LONG_LISTS = KvView.parse("snapkv2100+30")  # longer than a chunk of keys
 SLIDING = 16
 CHANGES = "changes"  # the family whose cases are asked again in other batches, on other threads, with other lengths
 
@@ -142,15 +144,29 @@ class Case:
                 cache.kv[:, 1, row, :, end:] = GARBAGE
         cache.committed = torch.tensor(self.lengths, device=device)
         return Situation(
-            self._queries(draw, device), cache, self._reads(cache.committed), need.group, self.sliding,
+            self._queries(draw, device), cache, self._reads(cache), need.group, self.sliding,
             1.25 * need.head_dim**-0.5,  # not the usual scale: a back end must use the one that it is given
         )  # fmt: skip
 
-    def _reads(self, committed: Tensor) -> Reads:
+    def _reads(self, cache: KvCache) -> Reads:
+        committed = cache.committed
         corner, depths, nodes = self.corner.tensors(committed.device)
         longest, is_uniform = max(self.lengths) + len(depths), len(set(self.lengths)) == 1
         live = None if self.live is None else torch.tensor(self.live, dtype=torch.int32, device=committed.device)
-        return Reads(committed, corner, depths, nodes, self.view, longest, is_uniform, self.corner.is_chain, live)
+        lists = self._lists(cache.capacity).to(committed.device) if self.view.kind == "snapkv" else None
+        return Reads(committed, corner, depths, nodes, self.view, longest, is_uniform, self.corner.is_chain, live, lists)
+
+    def _lists(self, capacity: int) -> Tensor:
+        """[layers, B, Hkv, N] int32 as chosen some tokens ago: keys before the window of then, or all keys of a short row."""
+        draw, size = random.Random(self.name), min(self.view.budget, capacity)
+        lists = torch.arange(size, dtype=torch.int32).repeat(LAYERS, len(self.lengths), self.kv_heads, 1)
+        for row, length in enumerate(self.lengths):
+            then = max(0, length - 1 - draw.randrange(20))  # one token ago at least: see Situation.shorter
+            before = max(0, then + 1 - self.view.recent)
+            for layer in range(LAYERS if before > size else 0):
+                for head in range(self.kv_heads):
+                    lists[layer, row, head] = torch.tensor(sorted(draw.sample(range(before), size)))
+        return lists
 
     def _queries(self, draw: torch.Generator, device: torch.device) -> Tensor:
         """[B, T, Hq, D] in the case's layout. Views are taken last: arithmetic on a view would pack it."""
@@ -206,7 +222,9 @@ class Situation:
         alone = KvCache(layers, 1, whole.kv_heads, longest, whole.head_dim, whole.kv.dtype, whole.kv.device)
         alone.kv.copy_(whole.kv[:layers, :, pick, :, : alone.slots])
         alone.committed = whole.committed[pick].clone()
-        reads = replace(self.reads, committed=alone.committed, longest=longest, uniform=True, rows=None)
+        lists = self.reads.index  # no longer than the cache
+        index = None if lists is None else lists[:layers, pick, :, : alone.capacity].contiguous()
+        reads = replace(self.reads, committed=alone.committed, longest=longest, uniform=True, rows=None, index=index)
         return replace(self, q=self.q[pick], cache=alone, reads=reads)
 
 
@@ -224,7 +242,7 @@ def cases(need: Need | None = None) -> Iterator[Case]:
     None: all head sizes, groups and dtypes that we know, everything that the seam can ask, on every device of this machine.
     """
     for device, dtype in _places(need):
-        for family in (_views, _borders, _window_edges, _widths, _sizes, _queries, _prompts, _sliding, _changes):
+        for family in (_views, _borders, _window_edges, _widths, _sizes, _queries, _prompts, _sliding, _lists, _changes):
             for case in family(_maker(device, dtype, need)):
                 is_other = case.query_dtype is None or case.query_dtype.itemsize > dtype.itemsize
                 if is_other and (need is None or _is_within(case.need, need)):
@@ -249,14 +267,15 @@ def _maker(device: str, dtype: torch.dtype, need: Need | None) -> Make:
         drawn_dim, drawn_group = draw.choice(HEAD_DIMS), draw.choice(GROUPS)
         sizes = (need.head_dim, need.group) if need else (head_dim or drawn_dim, group or drawn_group)
         asked = Need(device, dtype, *sizes, max_queries=len(corner.queries), tree=not corner.is_chain,
-                     window=view.kind == "window", sliding=sliding is not None)  # fmt: skip
+                     window=view.kind == "window", index_list=view.kind == "snapkv", sliding=sliding is not None)  # fmt: skip
         return Case(family, lengths, corner, view, asked, sliding=sliding, **more)  # type: ignore[arg-type]
 
     return make
 
 
 def _is_within(asked: Need, need: Need) -> bool:
-    extras = ((asked.tree, need.tree), (asked.window, need.window), (asked.sliding, need.sliding))
+    extras = ((asked.tree, need.tree), (asked.window, need.window), (asked.sliding, need.sliding),
+              (asked.index_list, need.index_list))  # fmt: skip
     return asked.max_queries <= need.max_queries and all(allowed or not wanted for wanted, allowed in extras)
 
 
@@ -326,9 +345,19 @@ def _sliding(make: Make) -> Iterator[Case]:
             yield from (make("sliding", lengths, corner, view, SLIDING) for corner in (chain(1), chain(5), tree(7)))
 
 
+def _lists(make: Make) -> Iterator[Case]:
+    """Keys listed per layer and head beside a window, in chains and trees: of rows that list everything, some and little of
+    what they hold, over more than a chunk of keys, and where a list and the window would overlap if it were read to its end."""
+    for lengths in ((0, 1), (7, 90), (64, 65), (150, 3)):
+        for view in LISTS:
+            yield from (make("lists", lengths, c, view) for c in (chain(1), chain(5), draft_step(3), tree(7), leaves(9)))
+    yield from (make("lists", (2300, 2049), corner, LONG_LISTS, kv_heads=1) for corner in (chain(1), tree(9)))
+    yield from (make("lists", (130, 2100, 5, 64), corner, LISTS[2], live=(0, 2)) for corner in (chain(5), leaves(9)))
+
+
 def _changes(make: Make) -> Iterator[Case]:
     """Rows that need very different work, for what must not change when the batch, the threads or the lengths do."""
     for corner in (chain(1), chain(5), tree(16)):
-        for view in (FULL, KvView.window(4, 12), KvView.window(64, 1990)):
+        for view in (FULL, KvView.window(4, 12), KvView.window(64, 1990), LISTS[3]):
             yield make(CHANGES, (2100, 5, 700), corner, view)
         yield make(CHANGES, (130, 2100, 5, 64), corner, live=(0, 2))
