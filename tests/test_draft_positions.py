@@ -373,8 +373,10 @@ def test_drafts_whose_keys_cannot_be_moved_are_refused_with_a_reason():
         (unknown, "of llama, mistral, qwen2, qwen3, olmo2; how 'gpt_neox' turns its own is not known"),
         (sliding, "own sliding-window layers do not go together"), (partly, "turns 0.5 of its heads of 16"),
     ):
+        attends = draft.config._attn_implementation
         with pytest.raises(ValueError, match=words):
             sd.load(tiny.model("llama"), draft, draft_positions="cache")
+        assert draft.config._attn_implementation == attends, "a refused model is left as it was"
 
 
 def test_a_mode_without_a_draft_or_of_another_name_is_refused():

@@ -1,7 +1,7 @@
 """Where drafting through views went wrong in MagicDec, trap by trap: lengths, windows that stay, budgets, stale keys, rows.
 
-One section per trap; the mechanisms have tests of their own (test_lossless, test_trees_lossless, test_snapkv, test_snapkv_trees and
-test_draft_positions), and these run all views, drafters and shapes through the trap itself.
+One section per trap. The mechanisms have tests of their own (test_lossless, test_trees_lossless, test_snapkv, and
+test_snapkv_trees, test_draft_positions); these run views, drafters and shapes through the trap itself.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from specdec_kernels.decoder.cpu import Draw
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .rotation import Rotation, learned_positions, rotation_of, turn
+from .rotation import Rotation, check_not_learned, rotation_of, turn
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 INTERFACE = "specdec_lab"
@@ -83,9 +83,13 @@ class HFRunner:
     def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None, moves_sinks: bool = False) -> None:
         from transformers import AttentionInterface
 
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.rotation: Rotation | None = None
+        if moves_sinks:
+            check_not_learned(model)
+            self.rotation = rotation_of(config, next(model.parameters()).device)
         AttentionInterface.register(INTERFACE, _attention)
         model.set_attn_implementation(INTERFACE)
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         if config._attn_implementation != INTERFACE:
             raise ModelRefused(
                 f"{type(model).__name__} ignored the attention function (its class cannot be inspected or does not use "
@@ -96,11 +100,6 @@ class HFRunner:
                 raise ModelRefused(f"{type(model).__name__} uses {name_of}, which no CPU back end here implements")
         if not hasattr(config, "num_attention_heads") or not hasattr(config, "max_position_embeddings"):
             raise ModelRefused(f"{type(model).__name__}: its configuration names no heads or no maximum length")
-        if moves_sinks and (learned := learned_positions(model, model.get_input_embeddings())):
-            raise ModelRefused(
-                f"{type(model).__name__} learned its positions one by one ({learned}), and what a key says of its own cannot "
-                "be moved. Use draft_positions='absolute'."
-            )
         self._model = model.eval()
         self.name = name
         self.shape = shape_of(config)
@@ -109,7 +108,6 @@ class HFRunner:
         self.kv_dtype = kv_dtype or first.dtype
         self.max_length = int(config.max_position_embeddings)
         self.fingerprint = weights_fingerprint(model.config.to_diff_dict(), model.state_dict().items())
-        self.rotation: Rotation | None = rotation_of(config, self.device) if moves_sinks else None
         self._sliding = bool(getattr(config, "sliding_window", None))
 
     def need(self) -> Need:

@@ -63,6 +63,10 @@ def why_not(config: Any) -> str | None:
     return None
 
 
-def learned_positions(model: nn.Module, tokens: nn.Module) -> str | None:
-    """The name of an embedding beside that of the tokens: positions that were learned one by one."""
-    return next((n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not tokens), None)
+def check_not_learned(model: nn.Module) -> None:
+    """Raise ValueError for a model that learned its positions one by one."""
+    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    learned = next((name for name in tables if "wpe" in name or "pos" in name), None)
+    if learned is not None:
+        raise ValueError(f"{type(model).__name__} learned its positions one by one ({learned}), and what a key says of its own "
+                         "cannot be moved. Use draft_positions='absolute'.")
