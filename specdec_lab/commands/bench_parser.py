@@ -36,7 +36,7 @@ def add_bench(verbs: Verbs) -> None:
                       "race --cells 1x1k,8x4k --save", "overhead --cell 8x1k --config self:4+60/chain3 --save",
                       parser_class=BenchParser)
     actions = Verbs(bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser), bench.prog)
-    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _attention, _scaling, _overhead)
+    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _attention, _scaling, _overhead, _lossless)
     for add in add_actions:
         add(actions)
 
@@ -162,6 +162,16 @@ def _scaling(actions: Verbs) -> None:
     action.add_argument("--markdown", action="store_true", help="print the tables as markdown")
     save_options(action)
     choose_model(action)
+    offer_json(action)
+
+
+def _lossless(actions: Verbs) -> None:
+    action = actions.add("lossless", "chi-square of what is said, chains and trees of every drafter, against the exact law", "",
+                         "--samples 12000 --save", handler="examining:lossless")
+    action.add_argument("--samples", type=spelled(parse_count), default=12_000, metavar="N",
+                        help="texts per configuration, at least 3000 (default: 12000)")
+    action.add_argument("--backend", metavar="NAME", default="auto", help="attention back end (doctor lists them)")
+    save_options(action)
     offer_json(action)
 
 
