@@ -149,17 +149,20 @@ class AcceptanceReport:
 def measure_acceptance(
     engine: Engine, drafting: Drafting, cell: Cell, *, width: int = 8, depth: int = 3,
     workload: str | Callable[[Cell], Workload] = "prose", sampling: Sampling | None = None, new_tokens: int = 128,
-    sizes: Sequence[int] = SIZES, say: Callable[[str], None] = lambda line: None,
+    sizes: Sequence[int] = SIZES, sessions: Sessions | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> AcceptanceReport:
     """Run the probe over a cell's prompts until every row has `new_tokens`, and count.
 
     Text is that of plain decoding: a probe changes what is drafted, never what is said. ValueError for a probe that is too
     large; UnsupportedConfig for a drafter that this engine lacks.
+
+    sessions  of the same workload, sampling and new tokens, whose prompts need not be read again
     """
     sampling = sampling or {}
     config = drafting.config(probe_tree(width, depth))
     say(f"probing {drafting} at {cell}: {new_tokens} tokens of {cell.batch} sequences")
-    run = record(Sessions(engine, workload, max_new_tokens=new_tokens, sampling=sampling).steps(cell, config))
+    sessions = sessions or Sessions(engine, workload, max_new_tokens=new_tokens, sampling=sampling)
+    run = record(sessions.steps(cell, config))
     header = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": engine.identity().device,
         "base": dict(engine.identity().base), "key": engine.identity().of(config), "machine": machine.facts(),
