@@ -149,7 +149,7 @@ class Engine:
 
     def _labels(self, workload: Workload) -> tuple[str, ...]:
         """What a reader of the numbers must know."""
-        labels = list(workload.labels)
+        labels = [*workload.labels, *self.ceilings.labels]
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:
@@ -173,7 +173,7 @@ class Engine:
             },
             versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
             temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
-            ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
+            ceilings=self.ceilings.to_dict(),
             labels=self._labels(workload), block=block,
         )
 

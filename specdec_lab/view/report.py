@@ -174,11 +174,20 @@ def _setting(header: RunHeader) -> tuple[str, ...]:
     return tuple(map(str, named))
 
 
+# name in a header -> words, unit, what a unit is
+CEILINGS = {
+    "read_bytes_per_s": ("read", "GB/s", 1e9),
+    "gemm_flops_per_s": ("gemm", "GFLOP/s", 1e9),
+    "read_spread": ("spread of the read streams", "% of their median", 0.01),
+    "copy_bytes_per_s": ("copy, reads and writes together", "GB/s", 1e9),
+    "launch_gap_s": ("an empty kernel of a graph", "us", 1e-6),
+    "timer_tick_s": ("tick of the kernels' clock", "us", 1e-6),
+    "sm_mhz_before": ("clock before", "MHz", 1.0),
+    "sm_mhz_after": ("clock after", "MHz", 1.0),
+}
+
+
 def _header_facts(header: RunHeader) -> list[tuple[str, str]]:
-    ceilings = {
-        "read_bytes_per_s": ("GB/s read, measured at start", 1e9),
-        "gemm_flops_per_s": ("GFLOP/s, measured at start", 1e9),
-    }
     facts = [
         ("target", _words(header.target)),
         ("draft model", _words(header.draft) if header.draft else "none loaded"),
@@ -193,8 +202,8 @@ def _header_facts(header: RunHeader) -> list[tuple[str, str]]:
         ("commit", header.commit),
     ]
     for name, value in header.ceilings.items():
-        unit, scale = ceilings.get(name, ("", 1.0))
-        facts.append((f"ceiling: {name.split('_')[0]}", f"{quantity(value / scale)} {unit}"))
+        words, unit, scale = CEILINGS.get(name, (name, "", 1.0))
+        facts.append((f"ceiling: {words}", f"{quantity(value / scale)} {unit}, measured at start"))
     facts.append(("instrumented", "yes" if header.instrumented else "no"))
     return facts
 
