@@ -47,8 +47,9 @@ def build_parser(prog: str = SHELL) -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     from .acceptance_parser import add_acceptance
     from .bench_parser import add_bench
+    from .gpu_parser import add_gpu
 
-    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_acceptance, _demo):
+    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_gpu, add_acceptance, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))

@@ -1,0 +1,78 @@
+"""`kernels`: one attention call per cell, ours beside what torch and others offer, over the same rotated random KV.
+
+Every call is first compared with float64; one that is wrong gets no speed. Achieved bytes/s are exact KV bytes over the median,
+divided by the calibrated read ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ....engine.conformance.judging import allowed_error
+from ..attention_calls import Call, Stage, best, error_of, layer_bytes, others, ours, read_bytes
+from ..context import Context
+from ..ledger import MISS, RED, Row, bar_verdict
+from ..sizes import KernelCell
+from ..timing import Timing, is_valid, rotation, speed_flags
+
+
+def stage(context: Context) -> Iterator[Row]:
+    """A row per cell and contestant."""
+    for cell in context.sizes.kernels:
+        context.checkpoint(str(cell))
+        yield from measure(context, cell)
+
+
+def measure(context: Context, cell: KernelCell) -> Iterator[Row]:
+    """All contestants in one cell."""
+    dtype: torch.dtype = getattr(torch, context.sizes.dtype)
+    needed, free = layer_bytes(cell, dtype.itemsize), context.free_bytes
+    if needed > free:
+        most = int(cell.shape.cell.batch * free // needed)
+        yield Row("left out", str(cell), {"needed_bytes": needed, "free_bytes": int(free), "largest_batch": most},
+                  reason="one layer of it does not fit")
+        return
+    # half of what is free stays for what others make of it: copies of windows, float64 of a row
+    layers = rotation(read_bytes(cell, dtype.itemsize), needed, max(free / 2, needed), context.sizes.most_layers)
+    board = Stage(cell, layers, dtype, context.device)
+    for made, is_ours in ((m, True) for m in ours(board)):
+        yield _row(context, board, made, is_ours=is_ours)
+    for made in others(board):
+        yield _row(context, board, made, is_ours=False)
+
+
+def _row(context: Context, board: Stage, made: Call | tuple[str, str], *, is_ours: bool) -> Row:
+    if isinstance(made, tuple):
+        return Row("refused", f"{board.cell} {made[0]}", reason=made[1])
+    error, allowed = error_of(made, board, is_ours=is_ours), allowed_error(board.cache.kv.dtype, board.q.dtype)
+    what = f"{board.cell} {made.name}"
+    if not error <= allowed:
+        return Row("attention", what, {"error": error}, RED, f"error at most {allowed:.0e}", reason="wrong, so it gets no speed")
+    timing = context.timed(made.launch, board.layers)
+    flags = speed_flags(board.kv_bytes, timing.seconds, context.ceilings.read_bytes_per_s, context.l2_bytes)
+    verdict, bar = _bar(context, board, timing) if is_ours and made.name == best(board) else (None, None)
+    achieved = board.kv_bytes / timing.seconds
+    values = {
+        "median_s": timing.seconds, "achieved_bytes_per_s": achieved,
+        "read_share": achieved / context.ceilings.read_bytes_per_s, "achieved_flops_per_s": board.flops / timing.seconds,
+        **timing.to_dict(), "kv_bytes": board.kv_bytes, "error": error, "layers": board.layers,
+    }  # fmt: skip
+    if verdict is not None and not is_valid(flags):
+        verdict = MISS
+    return Row("attention", what, values, verdict, bar, flags=flags, reason=made.says)
+
+
+def _bar(context: Context, board: Stage, timing: Timing) -> tuple[str | None, str | None]:
+    """What the cell expects of our kernel."""
+    cell, seconds = board.cell, timing.seconds
+    if cell.pass_share is not None:
+        share = board.kv_bytes / seconds / context.ceilings.read_bytes_per_s
+        aim = f", aim {cell.aim_share:.0%}" if cell.aim_share else ""
+        return bar_verdict(share, cell.pass_share, cell.aim_share), f"{cell.pass_share:.0%} of the read ceiling{aim}"
+    if cell.pass_flops is not None:
+        return bar_verdict(board.flops / seconds, cell.pass_flops), f"{cell.pass_flops / 1e12:.0f} TFLOP/s"
+    if cell.pass_s is not None:
+        return bar_verdict(-seconds, -cell.pass_s), f"at most {cell.pass_s * 1e6:.0f} us"
+    return None, None
