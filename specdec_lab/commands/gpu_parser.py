@@ -16,7 +16,7 @@ def add_gpu(verbs: Verbs) -> None:
     verb.add_argument("--rehearse", action="store_true",
                       help="every stage with tiny shapes on the CPU, labelled, into a temporary folder: to see that it runs")
     verb.add_argument("--again", action="store_true", help="also stages that these very sources have done on this machine")
-    verb.add_argument("--out", metavar="DIR", help="where rows go (default: the tuning database, ./tuning_db or the user's own)")
+    verb.add_argument("--out", metavar="DIR", help="where rows go (default: the tuning database: ./tuning_db, else the user's)")
     verb.add_argument("--minutes", type=spelled(positive), default=MINUTES, metavar="N",
                       help=f"of all stages together (default: {MINUTES:g})")
     offer_json(verb)

@@ -30,6 +30,7 @@ from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
 PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
+RANDOM_KV = "random KV"  # label of runs over KV that no prompt made
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
 
 
@@ -192,6 +193,14 @@ class OpenSession:
         if fixed is not None:
             self._session.check(fixed)
         return Stream(header, self._run(chooser, fixed))
+
+    def assume_prompts(self) -> None:
+        """Random KV in the place of the prompts; see Session.assume_prompts. Before the first stream only."""
+        if self._used:
+            raise ValueError("the prompts of this session were read already; open another one to assume them")
+        if RANDOM_KV not in self._workload.labels:
+            raise ValueError(f"a workload whose prompts are assumed must carry the label {RANDOM_KV!r}")
+        self._session.assume_prompts()
 
     def _run(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         try:

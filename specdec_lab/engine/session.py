@@ -127,6 +127,18 @@ class Session:
         self._forget_drafts()
         self._progress = Progress([0] * self._workload.batch)
 
+    def assume_prompts(self) -> None:
+        """Put random KV in the place of the prompts, as if they had been read.
+
+        For times at lengths that a large model takes minutes to read: they do not depend on values. What is generated then
+        means nothing, and the workload must say so in its labels.
+        """
+        with torch.inference_mode():
+            for layer in self._cache.kv:  # one at a time: the draw of all would need as much memory again
+                layer.normal_()
+            self._known = [n - 1 for n in self._batch.host_lengths]
+            self._cache.committed = self._batch.lengths - 1
+
     def prefill(self, config: SpecConfig | None) -> StepRecord | None:
         """Read what is not yet in the caches that `config` uses; the record of that, or None if nothing was missing."""
         context = tuple(self._known)

@@ -195,7 +195,8 @@ def _folded(stage: Stage) -> Tensor:
     """[B, T, Hq, D] -> [B, Hkv, G*T, D]"""
     batch, queries, heads, dim = stage.q.shape
     group = stage.cell.shape.group
-    return stage.q.view(batch, queries, heads // group, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, heads // group, -1, dim)
+    grouped = stage.q.view(batch, queries, heads // group, group, dim).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(batch, heads // group, -1, dim)
 
 
 def _unfolded(out: Tensor, stage: Stage) -> Tensor:

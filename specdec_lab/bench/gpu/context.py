@@ -5,6 +5,7 @@ Not known here: what a stage measures.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 KEPT_FREE = 1 << 30  # device memory that is never planned with
 NOT_CAPTURED = "cannot be captured in a graph"
+
+
+def release(device: torch.device) -> None:
+    """Give memory of what nobody holds back to the GPU's driver, which is asked how much is free."""
+    if device.type == "cuda":
+        gc.collect()  # sessions and what they hold refer to each other
+        torch.cuda.empty_cache()
 
 
 class Skipped(Exception):
@@ -106,8 +114,7 @@ class Context:
     @property
     def free_bytes(self) -> float:
         """Device memory that a stage may plan with; on a GPU also what torch holds and does not use."""
-        if self.is_gpu:
-            torch.cuda.empty_cache()
+        release(self.device)
         free = available_bytes(self.device)
         return float("inf") if free is None else max(0.0, float(free - (KEPT_FREE if self.is_gpu else 0)))
 

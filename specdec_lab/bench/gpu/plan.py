@@ -1,6 +1,6 @@
-"""Which stages there are, in which order, and how long each may take. Standard library only, so that a command line can be parsed.
+"""Which stages there are, in which order, and how long each may take.
 
-Not known here: how anything is measured.
+Standard library only, so that a command line can be parsed with it. Not known here: how anything is measured.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def why_not(found: Machine) -> str | None:
     """None if a GPU run can begin, else what is wrong and what can be done instead."""
     if found.cuda is None:
         return (
-            f"a GPU run needs a CUDA build of torch; this Python has torch {found.torch}, which runs on the CPU. Install one on "
-            f"a machine with an NVIDIA GPU (make gpu PYTHON=... takes another Python). {REHEARSE}"
+            f"a GPU run needs a CUDA build of torch; this Python has torch {found.torch}, which runs on the CPU. Install one "
+            f"on a machine with an NVIDIA GPU (make gpu PYTHON=... takes another Python). {REHEARSE}"
         )
     if found.capability is None:
         return (
@@ -64,8 +64,8 @@ def why_not(found: Machine) -> str | None:
     if found.capability < OLDEST:
         major, minor = found.capability
         return (
-            f"{found.name} is sm_{major}{minor}; the kernels need sm_{OLDEST[0]}{OLDEST[1]} or later (bfloat16 tensor cores and "
-            f"asynchronous copies: A100, RTX 30 and newer). {REHEARSE}"
+            f"{found.name} is sm_{major}{minor}; the kernels need sm_{OLDEST[0]}{OLDEST[1]} or later (bfloat16 tensor cores "
+            f"and asynchronous copies: A100, RTX 30 and newer). {REHEARSE}"
         )
     return None
 

@@ -99,9 +99,8 @@ def apart(
     spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run,
 ) -> None:
     """Run a stage in a process of its own; one that dies or hangs is recorded as failed."""
-    command = [
-        sys.executable, "-m", __package__ or "", stage.name, "--out", str(root), "--seconds", f"{seconds:.1f}", "--run", ledger.run
-    ]
+    module, given = __package__ or "", ("--out", str(root), "--seconds", f"{seconds:.1f}", "--run", ledger.run)
+    command = [sys.executable, "-m", module, stage.name, *given]
     try:
         done = spawn(command, check=False, timeout=PATIENCE * seconds + PATIENCE_S)
         how = _exit_words(done.returncode)

@@ -65,9 +65,11 @@ def measure(
     for note in readiness.notes():
         say(f"note: {note}")
     ledger = gpu_ledger(root, secrets.token_hex(4))
-    runs = run(
-        stages, ledger, lambda stage, ledger, seconds: apart(stage, ledger, seconds, root), minutes=minutes, again=again, say=say
-    )
+
+    def do(stage: Stage, ledger: Ledger, seconds: float) -> None:
+        apart(stage, ledger, seconds, root)
+
+    runs = run(stages, ledger, do, minutes=minutes, again=again, say=say)
     return Finished(ledger.path, {name: ledger.of_run(made, name) for name, made in runs.items()})
 
 

@@ -1,5 +1,6 @@
-"""What is measured at which size: on a GPU, and in a rehearsal on a CPU. Bars are shares of calibrated ceilings, so they hold on
-any GPU; where they come from is in the comments. Nothing here was measured.
+"""What is measured at which size: on a GPU, and in a rehearsal on a CPU.
+
+Bars are shares of calibrated ceilings, so they hold on any GPU. They are predictions: nothing here was measured.
 
 Not known here: how anything is measured.
 """
@@ -36,7 +37,7 @@ class KernelCell:
     pass_s: float | None = None
 
     def __str__(self) -> str:
-        asks = f"{'tree of' if self.is_tree else 'T='} {self.queries}".replace("= ", "=")
+        asks = f"tree of {self.queries}" if self.is_tree else f"T={self.queries}"
         return f"{self.shape} {asks}{f' window {self.view}' if self.view else ''}"
 
 
@@ -54,9 +55,10 @@ class Sizes:
     """All sizes of a run.
 
     repeats      of every timing, twice; most_layers take turns in it; most_cases of conformance per need
+    energy_s   of each configuration's own stretch for joules per token; the counter needs a second
     config     whose rounds are timed; its chain and window are those of the expectations
-    etas       (cell, plain, verify) shares of the physical limit that are aimed at, largest model only; draft_eta, ideal the others
-    headline   lengths x batches; alpha is forced
+    etas       (cell, plain, verify): shares of the physical limit that the largest model is to reach; so are draft_eta, ideal
+    headline   lengths x batches; alpha: acceptance per token, set
     """
 
     dtype: str
@@ -67,6 +69,7 @@ class Sizes:
     models: tuple[ModelCells, ...]
     config: SpecConfig
     rounds: int  # timed, of each kind
+    energy_s: float
     etas: tuple[tuple[Cell, float, float | None], ...]
     draft_eta: float
     ideal: float  # S / S_ideal where KV is most of plain decoding
@@ -110,7 +113,7 @@ CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 FULL = Sizes(
     dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, kernels=(*VERIFY, *DRAFT),
     models=(ModelCells("1.7B", SMALL, CELLS), ModelCells("Llama-3.1-8B", LARGE, CELLS)),
-    config=SpecConfig.parse("self:4+512/chain4"), rounds=48,
+    config=SpecConfig.parse("self:4+512/chain4"), rounds=48, energy_s=1.2,
     etas=((Cell(1, 4096), 0.75, None), (Cell(8, 32768), 0.82, None), (Cell(32, 16384), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(4096, 16384, 32768), batches=(1, 4, 16, 32), alpha=0.8,
     exposed=(_verify("8x32k/8x128g4", 5), _verify("32x16k/8x128g4", 5)),
@@ -128,7 +131,8 @@ TINY = Sizes(
         _verify("1x70/2x16g2", 1, view=KvView.window(2, 9), pass_s=9e-6),
     ),
     models=(ModelCells("tiny", _TINY_SHAPE, (Cell(1, 24), Cell(2, 40))),),
-    config=SpecConfig.parse("self:2+14/chain3"), rounds=4, etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),
+    config=SpecConfig.parse("self:2+14/chain3"), rounds=4, energy_s=0.0,
+    etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(24, 40), batches=(1, 2), alpha=0.8, exposed=(_verify("2x70/2x16g2", 3),),
     overhead_cell=Cell(2, 24), overhead_rounds=4, overhead_blocks=2, tune_batches=(1,), tune_lengths=(64,),
     trace_cell=Cell(2, 24), peer_cells=(Cell(1, 24),), peer_tokens=6, far_offset_bytes=0,

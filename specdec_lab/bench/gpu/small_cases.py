@@ -15,14 +15,15 @@ import torch
 
 from ...engine.backends import BACKENDS
 from ...engine.conformance.judging import allowed_error
+from ...records import KvView
+from ..kernel_shapes import KernelShape
 from .attention_calls import Call, Stage, best, error_of, ours
-from .sizes import KernelCell, KernelShape
-from .sizes import WINDOW as LARGE_WINDOW
+from .sizes import KernelCell
 
 CASES = (
     KernelCell(KernelShape.parse("2x70/2x64g4"), 5),
     KernelCell(KernelShape.parse("1x129/1x128g4"), 9, is_tree=True),
-    KernelCell(KernelShape.parse("2x150/2x64g2"), 1, view=LARGE_WINDOW.window(2, 33)),
+    KernelCell(KernelShape.parse("2x150/2x64g2"), 1, view=KvView.window(2, 33)),
 )
 LARGE = KernelCell(KernelShape.parse("8x32k/8x128g4"), 5)
 EXIT_WRONG = 1

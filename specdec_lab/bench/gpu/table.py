@@ -48,10 +48,9 @@ def summary(stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str, labels
     if not barred:
         return "\n".join([*lines, "", "no bar was reached or missed: nothing with a bar was measured"])
     cells = [("stage", "what", "bar", "verdict", "flags")]
-    cells += [
-        (name, f"{row['kind']} {row['what']}"[:LONGEST], row.get("bar", "right"), row["verdict"], "; ".join(row.get("flags", ())))
-        for name, row in barred
-    ]
+    for name, row in barred:
+        flags = "; ".join(row.get("flags", ()))
+        cells.append((name, f"{row['kind']} {row['what']}"[:LONGEST], row.get("bar", "right"), row["verdict"], flags))
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     table = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join([*lines, "", *table])

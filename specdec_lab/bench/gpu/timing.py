@@ -39,7 +39,9 @@ class Event(Protocol):
 class Watch(Protocol):
     """Times a launch; its argument is the turn, by which buffers are rotated."""
 
-    how: str
+    @property
+    def how(self) -> str:
+        """In words, for the row."""
 
     def __call__(self, launch: Launch, turns: int, repeats: int) -> tuple[float, ...]:
         """`repeats` durations in seconds, each the mean over `turns` launches in a row."""

@@ -59,7 +59,8 @@ def count_bytes(seconds: float, spawn: Spawn = subprocess.run) -> Found:
     counted = re.search(r'"kv_bytes": (\d+)', done.stdout)
     read = read_bytes_in(done.stdout)
     if counted is None or read is None:
-        return Found(None, f"no counters in its output; it ended with code {done.returncode}: {_last(done.stdout + done.stderr)}")
+        said = _last(done.stdout + done.stderr)
+        return Found(None, f"no counters in its output; it ended with code {done.returncode}: {said}")
     return Found(True, "", read, int(counted[1]))
 
 

@@ -15,12 +15,14 @@ from ....engine.backends import BACKENDS
 from ....engine.conformance import Report, Verdict, cases, judge
 from ....engine.conformance.cases import ROUND_QUERIES
 from ....engine.conformance.judging import ALLOWED
+from ....records import Cell
+from ...kernel_shapes import KernelShape
 from .. import tools
 from ..attention_calls import Stage, error_of, layer_bytes
 from ..context import Context
 from ..kernel_cases import kernel_rows
 from ..ledger import PASS, RED, Row
-from ..sizes import KernelCell, KernelShape
+from ..sizes import KernelCell
 from ..small_cases import CASES, one_call, preferred, small_errors
 
 # What our GPU kernels are held to; the conformance suite, which is for any back end, allows half as much again.
@@ -107,8 +109,8 @@ def _far_offsets(context: Context) -> Iterator[Row]:
     wanted, one = context.sizes.far_offset_bytes, layer_bytes(cell, dtype.itemsize)
     shape = cell.shape
     batch = shape.cell.batch * max(1, -(-2 * wanted // one))  # keys are half of a layer
-    far = KernelCell(KernelShape(shape.cell.__class__(batch, shape.cell.length), shape.kv_heads, shape.head_dim, shape.group),
-                     cell.queries)
+    many = Cell(batch, shape.cell.length)
+    far = KernelCell(KernelShape(many, shape.kv_heads, shape.head_dim, shape.group), cell.queries)
     needed, free = layer_bytes(far, dtype.itemsize), context.free_bytes
     if needed > free:
         yield Row("left out", f"offsets beyond 2^31: {far}", {"needed_bytes": needed, "free_bytes": int(free)},
@@ -139,7 +141,8 @@ def _counted(context: Context) -> Iterator[Row]:
     if not context.is_gpu:
         marks: list[bool] = []
         kv_bytes = one_call(context.sizes.kernels[0], context.device, torch.float32, marks.append)
-        yield Row("bytes", str(context.sizes.kernels[0]), {"counted_bytes": kv_bytes}, reason="nothing to compare with on a CPU")
+        what = str(context.sizes.kernels[0])
+        yield Row("bytes", what, {"counted_bytes": kv_bytes}, reason="nothing to compare with on a CPU")
         return
     torch.cuda.empty_cache()
     found = tools.count_bytes(context.left_s)

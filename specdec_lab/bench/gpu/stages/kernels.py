@@ -49,10 +49,11 @@ def _row(context: Context, board: Stage, made: Call | tuple[str, str], *, is_our
     error, allowed = error_of(made, board, is_ours=is_ours), allowed_error(board.cache.kv.dtype, board.q.dtype)
     what = f"{board.cell} {made.name}"
     if not error <= allowed:
-        return Row("attention", what, {"error": error}, RED, f"error at most {allowed:.0e}", reason="wrong, so it gets no speed")
+        bar = f"error at most {allowed:.0e}"
+        return Row("attention", what, {"error": error}, RED, bar, reason="wrong, so it gets no speed")
     timing = context.timed(made.launch, board.layers)
     flags = speed_flags(board.kv_bytes, timing.seconds, context.ceilings.read_bytes_per_s, context.l2_bytes)
-    verdict, bar = _bar(context, board, timing) if is_ours and made.name == best(board) else (None, None)
+    verdict, limit = _bar(context, board, timing) if is_ours and made.name == best(board) else (None, None)
     achieved = board.kv_bytes / timing.seconds
     values = {
         "median_s": timing.seconds, "achieved_bytes_per_s": achieved,
@@ -61,7 +62,7 @@ def _row(context: Context, board: Stage, made: Call | tuple[str, str], *, is_our
     }  # fmt: skip
     if verdict is not None and not is_valid(flags):
         verdict = MISS
-    return Row("attention", what, values, verdict, bar, flags=flags, reason=made.says)
+    return Row("attention", what, values, verdict, limit, flags=flags, reason=made.says)
 
 
 def _bar(context: Context, board: Stage, timing: Timing) -> tuple[str | None, str | None]:
