@@ -31,6 +31,9 @@ NO_CORNER = "attends to the whole prefix, no mask among the drafted tokens"
 NO_WINDOW = "reads a dense copy of the window, whose making is not timed"
 
 
+Make = Callable[["Stage"], "Callable[[int], Tensor] | str"]
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Something to be timed: launch(turn) attends once to the layer whose turn it is."""
@@ -140,14 +143,12 @@ def _attend(backend: AttentionBackend, stage: Stage) -> Callable[[int], Tensor]:
     return lambda turn: backend.attend(situation.q, stage.cache, turn % stage.layers, plan, stage.scale)
 
 
-def others(stage: Stage) -> Iterator[Call | tuple[str, str]]:
-    """What torch and flash-attn offer for the same read, or (name, why not)."""
-    makers = {
+def others(stage: Stage, *, is_slow: bool) -> Iterator[Call | tuple[str, str]]:
+    """What torch and flash-attn offer for the same read, or (name, why not); `is_slow`: those that compile for seconds."""
+    makers: dict[str, Make] = {"flex": _flex} if is_slow else {
         "sdpa-flash": _sdpa("FLASH_ATTENTION"), "sdpa-flash-folded": _sdpa("FLASH_ATTENTION", folds=True),
-        "sdpa-efficient-folded": _sdpa("EFFICIENT_ATTENTION", folds=True), "flex": _flex, "flash_attn": _flash_attn,
+        "sdpa-efficient-folded": _sdpa("EFFICIENT_ATTENTION", folds=True), "flash_attn-unmasked": _flash_attn,
     }  # fmt: skip
-    if stage.q.device.type != "cuda":
-        makers |= {"sdpa-math": _sdpa("MATH")}
     for name, maker in makers.items():
         made = maker(stage)
         yield (name, made) if isinstance(made, str) else Call(name, made, _says(stage))

@@ -19,27 +19,29 @@ from ..timing import Timing, is_valid, rotation, speed_flags
 
 
 def stage(context: Context) -> Iterator[Row]:
-    """A row per cell and contestant."""
-    for cell in context.sizes.kernels:
-        context.checkpoint(str(cell))
-        yield from measure(context, cell)
+    """A row per cell and contestant; those that compile anew for every shape come last, as far as time reaches."""
+    for is_slow in (False, True):
+        for cell in context.sizes.kernels:
+            context.checkpoint(f"{cell}{' of what compiles for seconds' if is_slow else ''}")
+            yield from measure(context, cell, is_slow=is_slow)
 
 
-def measure(context: Context, cell: KernelCell) -> Iterator[Row]:
-    """All contestants in one cell."""
+def measure(context: Context, cell: KernelCell, *, is_slow: bool = False) -> Iterator[Row]:
+    """All contestants in one cell, or those that compile for seconds."""
     dtype: torch.dtype = getattr(torch, context.sizes.dtype)
     needed, free = layer_bytes(cell, dtype.itemsize), context.free_bytes
     if needed > free:
         most = int(cell.shape.cell.batch * free // needed)
-        yield Row("left out", str(cell), {"needed_bytes": needed, "free_bytes": int(free), "largest_batch": most},
-                  reason="one layer of it does not fit")
+        if not is_slow:
+            yield Row("left out", str(cell), {"needed_bytes": needed, "free_bytes": int(free), "largest_batch": most},
+                      reason="one layer of it does not fit")
         return
     # half of what is free stays for what others make of it: copies of windows, float64 of a row
     layers = rotation(read_bytes(cell, dtype.itemsize), needed, max(free / 2, needed), context.sizes.most_layers)
     board = Stage(cell, layers, dtype, context.device)
-    for made, is_ours in ((m, True) for m in ours(board)):
-        yield _row(context, board, made, is_ours=is_ours)
-    for made in others(board):
+    for made in () if is_slow else ours(board):
+        yield _row(context, board, made, is_ours=True)
+    for made in others(board, is_slow=is_slow):
         yield _row(context, board, made, is_ours=False)
 
 

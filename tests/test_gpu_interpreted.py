@@ -1,0 +1,42 @@
+"""Stages of the GPU run whose kernels Triton can interpret: the aliased read, and the preferred back end in the small cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreter
+
+from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, ours  # noqa: E402  # after the check for Triton
+from specdec_lab.bench.gpu.context import Context  # noqa: E402
+from specdec_lab.bench.gpu.ledger import Ledger  # noqa: E402
+from specdec_lab.bench.gpu.sizes import TINY  # noqa: E402
+from specdec_lab.bench.gpu.stages.exposed import _aliased, _attend, alias_mask  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_an_aliased_read_is_attention_over_the_few_slots_that_it_names_and_is_timed_beside_the_real_one(tmp_path):
+    (cell,) = TINY.exposed
+    rows = list(_aliased(Context(CPU, TINY, Ledger(tmp_path / "gpu.jsonl", "r", {}), 60.0), cell))
+    assert [row.kind for row in rows] == ["exposed"]
+    assert rows[0].values["alias_slots"] == alias_mask(cell, 4, 1 << 20) + 1
+    assert rows[0].values["exposed_s"] == pytest.approx(rows[0].values["attention_s"] - rows[0].values["aliased_s"])
+
+
+def test_aliasing_changes_what_is_read_and_nothing_else():
+    (cell,) = TINY.exposed
+    board = Stage(cell, 2, torch.float32, CPU)
+    real, cut = _attend(board, 1), _attend(board, 1, mask=15)
+    assert real.shape == cut.shape
+    assert not torch.equal(real, cut)
+    keys = board.cache.kv.shape[-2]
+    board.cache.kv[1].copy_(board.cache.kv[1][..., torch.arange(keys) & 15, :].clone())
+    assert torch.equal(_attend(board, 1), cut)
+
+
+def test_the_triton_back_end_is_among_ours_and_right():
+    board = Stage(TINY.kernels[0], 2, torch.float32, CPU)
+    (call,) = [made for made in ours(board) if isinstance(made, Call) and made.name == "triton"]
+    assert error_of(call, board, is_ours=True) < 4e-6
