@@ -23,6 +23,10 @@ from .attention import AttentionBackend
 from .backends import pick
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
+from .device.choice import Rounds, choose_rounds
+from .device.ops import ops_for
+from .device.readings import SyncedNow
+from .device.session import DeviceSession
 from .models.loading import ModelPair
 from .models.runner import Runner
 from .session import Session
@@ -61,15 +65,18 @@ class Engine:
     backend     "auto" or a name; the winner and the reasons against the others go into every run header
     instrument  False measures whole rounds only (to see what the instrumentation costs)
     clock       injected in tests
+    rounds      "auto": captured as CUDA graphs where that can be, else on the host; "device" (elsewhere than on CUDA: eager),
+                "eager" or "host" by name
     """
 
     def __init__(
-        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None
-    ) -> None:
+        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None,
+        rounds: str = "auto",
+    ) -> None:  # fmt: skip
         self.pair, self.instrument = pair, instrument
         self.backend, self.refused = pick(backend, pair.target.need())
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
-        self._clock = clock
+        self._clock, self.rounds = clock, choose_rounds(rounds, pair)
         self._versions = machine.versions()
         self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
@@ -87,8 +94,16 @@ class Engine:
     def open(self, workload: Workload) -> OpenSession:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
-        clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
-        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
+        synced = SyncedNow(torch.cuda.synchronize) if self.pair.target.device.type == "cuda" else None
+        timed = {} if synced is None else {"now": synced}
+        clock = self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed))
+        made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
+        if not self.rounds.on_device:
+            return OpenSession(self, Session(*made), workload, clock)
+        session = DeviceSession(
+            *made, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured", instrumented=self.instrument,
+            synced=synced,
+        )  # fmt: skip
         return OpenSession(self, session, workload, clock)
 
     def generate(
@@ -118,7 +133,7 @@ class Engine:
         base = {
             "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype),
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
-            "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
+            "backend": self.backend.name, "graphs": self.rounds.mode == "captured", "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
@@ -165,8 +180,8 @@ class Engine:
         return RunHeader(
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
-            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend),
-            draft=_facts(self.pair.draft, self._draft_backend) if self.pair.draft and self._draft_backend else None,
+            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
+            draft=_facts(self.pair.draft, self._draft_backend, self.rounds) if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,
             machine={
                 **machine.facts(), "device": self.identity().device, "threads": self.threads.most,
@@ -262,12 +277,13 @@ def _spelling(choose: Any) -> str:
     return "policy" if hasattr(choose, "chooser") else "function"
 
 
-def _facts(runner: Runner, backend: AttentionBackend) -> dict[str, Any]:
+def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds) -> dict[str, Any]:
     reason = runner.why_not_compiled(backend)
+    on_host = "one compiled call" if reason is None else f"layer by layer: {reason}"
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
         "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
-        "rounds": "one compiled call" if reason is None else f"layer by layer: {reason}",
+        "rounds": rounds.spelled or on_host,
         "prompts": PROMPTS.get(backend.name, backend.name),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,

@@ -56,14 +56,23 @@ def choose_children(
     return torch.stack(tokens, -1), law
 
 
+Over = Callable[[Tensor], bool]
+
+
+def all_rows(rows: Tensor) -> bool:
+    """Whether all are true, read from the device."""
+    return bool(rows.all())
+
+
 def accept_children(
-    target_law: Tensor, draft_law: Tensor, tokens: Tensor, exists: Tensor, uniforms: Tensor
+    target_law: Tensor, draft_law: Tensor, tokens: Tensor, exists: Tensor, uniforms: Tensor, over: Over | None = None
 ) -> tuple[Tensor, Tensor]:
     """Test the children of one node per row in draw order; the law of the emitted token is target_law.
 
     target_law, draft_law  [B, V]: P, and Q from which the children were drawn without replacement
     tokens, exists         [B, K] children in draw order, and which of them were drafted
     uniforms               [B, K] in [0, 1), one per test
+    over                   sees which rows have accepted a child: whether to stop. None: ask the device nothing
     returns                [B] rank of the accepted child, 1..K, or 0; and [B, V] the law that the token of a row with rank 0
                            has to be drawn from
     For any D, R(u) = min(D, R)(u) + P(refuse) * norm(max(R - D, 0))(u): applied child by child, D being Q without the refused
@@ -73,7 +82,7 @@ def accept_children(
     left = left / left.sum(-1, keepdim=True)
     rank = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     for place in range(tokens.shape[1]):
-        if place and bool((rank > 0).all()):
+        if place and over is not None and over(rank > 0):
             break
         offered = offered / offered.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         token = tokens[:, place : place + 1]
@@ -105,10 +114,10 @@ def decide_tree(
     if processor.is_greedy:
         return _match_on_host(proposal, layout, scores.best)
     if verifier == "coupled" or proposal.law is None:
-        step = _matching(proposal, layout, scores, first_position, processor, noise)
+        step = matching(proposal, layout, scores, first_position, processor, noise)
     else:
-        step = _testing(proposal, layout, proposal.law, scores, first_position, processor, noise)
-    return _walk(layout, step, proposal.counts)
+        step = testing(proposal, layout, proposal.law, scores, first_position, processor, noise, all_rows)
+    return walk(layout, step, proposal.counts, all_rows)
 
 
 def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision:
@@ -146,9 +155,10 @@ def _padded(rows: Sequence[list[int]], width: int, device: torch.device) -> Tens
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
-def _walk(layout: Layout, step: Step, counts: Tensor) -> Decision:
+def walk(layout: Layout, step: Step, counts: Tensor, over: Over | None = None) -> Decision:
     """Descend from the root until no child is accepted.
 
+    over  sees which rows stand still: whether to stop early. None: go down to the deepest level, and ask the device nothing
     step  (node [B], depth) -> rank of the accepted child (0: none) and the token emitted behind the node, each [B]
     """
     node, moving = torch.zeros_like(counts), torch.ones_like(counts, dtype=torch.bool)
@@ -163,12 +173,12 @@ def _walk(layout: Layout, step: Step, counts: Tensor) -> Decision:
         node = torch.where(moving, layout.child_table[node, rank - 1], node)
         path.append(node)
         ranks.append(rank)
-        if not bool(moving.any()):
+        if over is not None and over(~moving):
             break
     return Decision(accepted, torch.stack(tokens, 1), torch.stack(path, 1), torch.stack(ranks, 1))
 
 
-def _children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, K] of each row's children of its node, and which of them were drafted."""
     kids = layout.child_table[node, : layout.widest[depth]]
     at = (kids - 1).clamp(min=0)
@@ -178,7 +188,7 @@ def _children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -
     return proposal.tokens.gather(1, at), exists
 
 
-def _matching(
+def matching(
     proposal: Proposal, layout: Layout, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
 ) -> Step:
     """Emit what plain sampling draws behind a node, and descend to the child that equals it. Siblings are distinct."""
@@ -189,16 +199,17 @@ def _matching(
         token = noise.draw(law[:, None], first_position[:, None] + depth, Purpose.TARGET)[:, 0]
         if layout.widest[depth] == 0:
             return torch.zeros_like(token), token
-        children, exists = _children_of(proposal, layout, node, depth)
+        children, exists = children_of(proposal, layout, node, depth)
         equal = exists & (children == token[:, None])
         return torch.where(equal.any(1), equal.to(torch.int8).argmax(1) + 1, 0), token
 
     return step
 
 
-def _testing(
-    proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
-) -> Step:
+def testing(
+    proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor,
+    noise: Noise, over: Over | None = None,
+) -> Step:  # fmt: skip
     """Test the children in draw order; where none is accepted, draw from what is left."""
     batch, device = first_position.shape[0], first_position.device
     rows, most, depths = torch.arange(batch, device=device), max(layout.widest), torch.arange(layout.depth + 1, device=device)
@@ -211,9 +222,9 @@ def _testing(
         law = processor.law(scores.logits[rows, node])
         if layout.widest[depth] == 0:
             return torch.zeros_like(node), draw(law, last[:, depth])
-        children, exists = _children_of(proposal, layout, node, depth)
+        children, exists = children_of(proposal, layout, node, depth)
         uniforms = tests[:, depth, : children.shape[1]]
-        rank, left = accept_children(law, laws[rows, layout.law_row[node]], children, exists, uniforms)
+        rank, left = accept_children(law, laws[rows, layout.law_row[node]], children, exists, uniforms, over)
         drawn = draw(left, last[:, depth])
         taken = children.gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0]
         return rank, torch.where(rank > 0, taken, drawn)

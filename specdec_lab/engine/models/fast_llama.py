@@ -49,6 +49,20 @@ class Layer:
     down: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the layers are made of, as it lies in memory, for who runs them itself. cos, sin [positions, D/2] float32."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor
+    cos: Tensor
+    sin: Tensor
+    eps: float
+    scale: float
+
+
 def why_not(config: Any) -> str | None:
     """None if FastLlama can run a transformers configuration, else the reason in words."""
     if config.model_type not in FAMILIES:
@@ -166,6 +180,10 @@ class FastLlama:
         angles = order[:, None] * rotary.inv_freq.float()[None, :]
         scaling = float(rotary.attention_scaling)
         return (angles.cos() * scaling).to(self.device), (angles.sin() * scaling).to(self.device)
+
+    def parts(self) -> Parts:
+        """Weights and rotary tables; the tables of caches made so far are long enough for those."""
+        return Parts(self._embedding, self._layers, self._norm, self._head, self._cos, self._sin, self._eps, self._scale)
 
     def need(self) -> Need:
         """Plain softmax attention with this head size and grouping."""
