@@ -18,6 +18,7 @@ from specdec_kernels.work_list import gpu as work_list_gpu
 from specdec_kernels.work_list import reference as work_list_reference
 
 from ...engine.conformance.judging import worst_row
+from . import round_kernels
 from .context import Context
 from .ledger import PASS, RED, Row
 
@@ -97,4 +98,7 @@ def _sorted(items: Tensor) -> Tensor:
     return torch.tensor(sorted(items.tolist()))
 
 
-CASES: tuple[Case, ...] = (_reads, _work_list)
+CASES: tuple[Case, ...] = (
+    _reads, _work_list, round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse, round_kernels.accept,
+    round_kernels.sample_rows, round_kernels.noise,
+)

@@ -56,6 +56,7 @@ class Sizes:
 
     repeats      of every timing, twice; most_layers take turns in it; most_cases of conformance per need
     energy_s   of each configuration's own stretch for joules per token; the counter needs a second
+    laws, round_configs  how many of those that device rounds are checked with
     config     whose rounds are timed; its chain and window are those of the expectations
     etas       (cell, plain, verify): shares of the physical limit that the largest model is to reach; so are draft_eta, ideal
     headline   lengths x batches; alpha: acceptance per token, set
@@ -65,6 +66,8 @@ class Sizes:
     repeats: int
     most_layers: int
     most_cases: int
+    laws: int
+    round_configs: int
     kernels: tuple[KernelCell, ...]
     models: tuple[ModelCells, ...]
     config: SpecConfig
@@ -111,7 +114,7 @@ LARGE, SMALL = SHAPES["Llama-3.1-8B"], SHAPES["1.7B"]
 CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 
 FULL = Sizes(
-    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, kernels=(*VERIFY, *DRAFT),
+    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=4, kernels=(*VERIFY, *DRAFT),
     models=(ModelCells("1.7B", SMALL, CELLS), ModelCells("Llama-3.1-8B", LARGE, CELLS)),
     config=SpecConfig.parse("self:4+512/chain4"), rounds=48, energy_s=1.2,
     etas=((Cell(1, 4096), 0.75, None), (Cell(8, 32768), 0.82, None), (Cell(32, 16384), 0.85, 0.80)),
@@ -123,7 +126,7 @@ FULL = Sizes(
 
 _TINY_SHAPE = ModelShape(2, 64, 4, 2, 16, 96, 97)
 TINY = Sizes(
-    dtype="float32", repeats=3, most_layers=3, most_cases=6,
+    dtype="float32", repeats=3, most_layers=3, most_cases=6, laws=1, round_configs=2,
     kernels=(
         _verify("2x70/2x16g2", 3, pass_share=0.87, aim_share=0.94),
         _verify("1x40/2x16g2", 7, is_tree=True, pass_flops=400e12),
