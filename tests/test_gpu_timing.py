@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from specdec_lab.bench.gpu import context as context_module
 from specdec_lab.bench.gpu import timing, tools
 from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, layer_bytes, others, ours
 from specdec_lab.bench.gpu.context import Context
@@ -21,6 +22,7 @@ from specdec_lab.bench.gpu.models import LABELS, assumed, random_pair, random_te
 from specdec_lab.bench.gpu.sizes import FULL, TINY, KernelCell
 from specdec_lab.bench.gpu.stages import kernels as kernels_stage
 from specdec_lab.bench.gpu.stages import rounds as rounds_stage
+from specdec_lab.bench.gpu.stages.calibrate import peak_bytes_per_s
 from specdec_lab.bench.gpu.stages.exposed import alias_mask
 from specdec_lab.bench.gpu.timing import EventWatch, GraphWatch, HostWatch, Timing, timed_twice
 from specdec_lab.bench.kernel_shapes import KernelShape
@@ -112,6 +114,51 @@ def test_a_timing_is_the_median_of_both_times_and_says_how_far_they_lie_apart():
     assert found.seconds == pytest.approx(1.1)
     assert found.disagreement == pytest.approx(0.1)
     assert found.to_dict()["count"] == 6
+
+
+class OnGpu(Context):
+    """A context that takes times as on a GPU."""
+
+    is_gpu = True
+
+
+@pytest.fixture
+def gpu_clock(monkeypatch):
+    """A GPU's clock, and what capturing raises."""
+    clock = Clock()
+    clock.trouble = None
+
+    def capture(work):
+        if clock.trouble is not None:
+            raise clock.trouble
+        return work
+
+    events = EventWatch(clock.event, clock.synchronize)
+    monkeypatch.setattr(context_module, "cuda_watches", lambda: (GraphWatch(events, capture), events))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return clock
+
+
+def tick(clock):
+    def launch(turn):
+        clock.ms += 3.0
+
+    return launch
+
+
+def test_a_gpu_times_in_a_graph_and_what_cannot_be_captured_by_its_launches_which_the_row_says(ledger, gpu_clock):
+    found = OnGpu(CPU, TINY, ledger, 60.0)
+    assert found.timed(tick(gpu_clock), 2).how == "replays of a graph"
+    gpu_clock.trouble = RuntimeError("operation not permitted when stream is capturing")
+    timing = found.timed(tick(gpu_clock), 2)
+    assert timing.how == "events around launches, cannot be captured in a graph"
+    assert (timing.seconds, len(timing.second)) == (pytest.approx(3e-3), TINY.repeats)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_launch_that_cannot_be_captured(ledger, gpu_clock):
+    gpu_clock.trouble = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        OnGpu(CPU, TINY, ledger, 60.0).timed(tick(gpu_clock), 1)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +298,21 @@ def test_an_aliased_footprint_is_a_power_of_two_well_inside_the_l2():
         footprint = 4 * slots * shape.cell.batch * shape.kv_heads * shape.head_dim
         assert slots & (slots - 1) == 0
         assert (256 << 10) < footprint <= (60 << 20) // 4 < 2 * footprint
+
+
+def test_the_profilers_attention_is_that_of_the_attention_kernels_alone():
+    events = [SimpleNamespace(key=key, self_device_time_total=t) for key, t in
+              (("split_kernel", 300.0), ("combine_kernel", 20.0), ("gemm", 5e3), ("list_kernel", 80.0))]  # fmt: skip
+    assert rounds_stage.attention_in(events) == pytest.approx(400e-6)
+    from specdec_kernels.tree_attention import gpu_kernels
+
+    assert all(hasattr(gpu_kernels, name) for name in rounds_stage.ATTENTION_KERNELS)
+
+
+def test_the_peak_of_the_memory_is_known_only_where_torch_tells_its_clock():
+    h200 = SimpleNamespace(memory_clock_rate=3_201_000, memory_bus_width=6144)
+    assert peak_bytes_per_s(h200) == pytest.approx(4.917e12, rel=1e-3)
+    assert peak_bytes_per_s(SimpleNamespace()) is None
 
 
 # Models of random weights.

@@ -209,6 +209,11 @@ class OpenSession:
             self._session.check(fixed)
         return Stream(header, self._run(chooser, fixed))
 
+    @property
+    def capture_s(self) -> float:
+        """Seconds that capturing rounds as graphs took so far; in no record."""
+        return self._session.capture_s
+
     def assume_prompts(self) -> None:
         """Random KV in the place of the prompts; see Session.assume_prompts. Before the first stream only."""
         if self._used:

@@ -74,6 +74,11 @@ class Session:
         lengths = [n for n, live in zip(self._batch.host_lengths, self._batch.host_live, strict=True) if live]
         return sum(lengths) / max(len(lengths), 1)
 
+    @property
+    def capture_s(self) -> float:
+        """Seconds that capturing rounds as graphs took so far; in no record."""
+        return 0.0
+
     def check(self, config: SpecConfig) -> None:
         """Raise UnsupportedConfig, with the reason, if this session cannot run `config`."""
         if config.is_off:

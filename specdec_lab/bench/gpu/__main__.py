@@ -21,8 +21,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--run", required=True)
     given = parser.parse_args(words)
     (stage,) = chosen((given.stage,))
-    here(stage, session.gpu_context(given.out, given.run, given.seconds))
+    here(stage, session.gpu_context(given.out, given.run, given.seconds, _say))
     return 0
+
+
+def _say(line: str) -> None:
+    """The output stream belongs to whoever started this process."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

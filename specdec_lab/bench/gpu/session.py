@@ -106,11 +106,11 @@ def gpu_ledger(root: Path, name: str) -> Ledger:
     return Ledger(root / device / FILE, name, header_of(device, readiness.driver(), machine.versions()))
 
 
-def gpu_context(root: Path, name: str, seconds: float) -> Any:
+def gpu_context(root: Path, name: str, seconds: float, say: Callable[[str], None]) -> Any:
     """For a stage in a process of its own."""
     import torch
 
     from .context import Context
     from .sizes import FULL
 
-    return Context(torch.device("cuda"), FULL, gpu_ledger(root, name), seconds)
+    return Context(torch.device("cuda"), FULL, gpu_ledger(root, name), seconds, say)

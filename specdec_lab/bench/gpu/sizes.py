@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ...costs import SHAPES, ModelShape
 from ...records import Cell, KvView, SpecConfig
 from ..kernel_shapes import KernelShape
+from .round_calls import RoundSize
 
 WINDOW = KvView.window(4, 512)
 
@@ -69,6 +70,7 @@ class Sizes:
     laws: int
     round_configs: int
     kernels: tuple[KernelCell, ...]
+    round_size: RoundSize
     models: tuple[ModelCells, ...]
     config: SpecConfig
     rounds: int  # timed, of each kind
@@ -115,6 +117,7 @@ CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 
 FULL = Sizes(
     dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=4, kernels=(*VERIFY, *DRAFT),
+    round_size=RoundSize(32, 4, 1024, LARGE),
     models=(ModelCells("1.7B", SMALL, CELLS), ModelCells("Llama-3.1-8B", LARGE, CELLS)),
     config=SpecConfig.parse("self:4+512/chain4"), rounds=48, energy_s=1.2,
     etas=((Cell(1, 4096), 0.75, None), (Cell(8, 32768), 0.82, None), (Cell(32, 16384), 0.85, 0.80)),
@@ -133,6 +136,7 @@ TINY = Sizes(
         _verify("2x70/2x16g2", 1, view=KvView.window(2, 9), pass_share=0.60),
         _verify("1x70/2x16g2", 1, view=KvView.window(2, 9), pass_s=9e-6),
     ),
+    round_size=RoundSize(2, 3, 40, _TINY_SHAPE),
     models=(ModelCells("tiny", _TINY_SHAPE, (Cell(1, 24), Cell(2, 40))),),
     config=SpecConfig.parse("self:2+14/chain3"), rounds=4, energy_s=0.0,
     etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),

@@ -19,7 +19,19 @@ from .forward import Net, forward, logits
 from .ops import Ops
 from .program import Feed, Program
 from .state import (
-    ACCEPTED, ATTENTION, CONTEXT, CUT, DRAFT_ATTENTION, EMITTED, ENTRY, KNOWN, LIVE, MOST_MARKS, RANKS, TOKENS, DeviceState,
+    ACCEPTED,
+    ATTENTION,
+    CONTEXT,
+    CUT,
+    DRAFT_ATTENTION,
+    EMITTED,
+    ENTRY,
+    KNOWN,
+    LIVE,
+    MOST_MARKS,
+    RANKS,
+    TOKENS,
+    DeviceState,
 )  # fmt: skip
 
 

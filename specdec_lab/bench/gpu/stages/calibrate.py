@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -39,6 +40,12 @@ def stage(context: Context) -> Iterator[Row]:
         yield _counters(context)
 
 
+def peak_bytes_per_s(properties: Any) -> float | None:
+    """The memory's theoretical bandwidth, of which the counters give a share: double data rate, kHz, bits."""
+    clock, width = (getattr(properties, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    return None if not clock or not width else 2 * 1e3 * clock * width / 8
+
+
 def _counters(context: Context) -> Row:
     """Read memory for a while, and ask the GPU how busy its memory was."""
     words = torch.empty(1 << 30, dtype=torch.int32, device=context.device).random_()
@@ -55,8 +62,10 @@ def _counters(context: Context) -> Row:
     found = watch.activity
     if isinstance(found.dram_bandwidth, Absent):
         return Row("counters", "GPM", reason=str(found.dram_bandwidth))
-    properties = torch.cuda.get_device_properties(context.device)
-    peak = 2 * 1e3 * properties.memory_clock_rate * properties.memory_bus_width / 8  # double data rate, kHz, bits
+    peak = peak_bytes_per_s(torch.cuda.get_device_properties(context.device))
+    if peak is None:
+        told = {"dram_share": found.dram_bandwidth}
+        return Row("counters", "GPM", told, reason="this torch does not tell the clock of the memory")
     counted = 4 * words.numel() * rounds / found.seconds
     return Row("counters", "GPM", {
         "dram_share": found.dram_bandwidth, "counted_share": counted / peak, "counted_bytes_per_s": counted,

@@ -7,23 +7,45 @@ divided by the calibrated read ceiling.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 
 from ....engine.conformance.judging import allowed_error
 from ..attention_calls import Call, Stage, best, error_of, layer_bytes, others, ours, read_bytes
-from ..context import Context
+from ..context import Context, release
 from ..ledger import MISS, RED, Row, bar_verdict
+from ..round_calls import round_calls
 from ..sizes import KernelCell
 from ..timing import Timing, is_valid, rotation, speed_flags
 
 
 def stage(context: Context) -> Iterator[Row]:
-    """A row per cell and contestant; those that compile anew for every shape come last, as far as time reaches."""
-    for is_slow in (False, True):
-        for cell in context.sizes.kernels:
-            context.checkpoint(f"{cell}{' of what compiles for seconds' if is_slow else ''}")
-            yield from measure(context, cell, is_slow=is_slow)
+    """A row per cell and contestant, then the small kernels; what compiles anew for every shape comes last, if time is left."""
+    for cell in context.sizes.kernels:
+        context.checkpoint(str(cell))
+        yield from measure(context, cell)
+    yield from _round_kernels(context)
+    for cell in context.sizes.kernels:
+        context.checkpoint(f"{cell} of what compiles for seconds")
+        yield from measure(context, cell, is_slow=True)
+
+
+def _round_kernels(context: Context) -> Iterator[Row]:
+    """The small kernels of a round: time counts, not bandwidth. Their numbers are checked by the stage `correctness`."""
+    size, dtype = context.sizes.round_size, getattr(torch, context.sizes.dtype)
+    if context.is_gpu and find_spec("triton") is None:
+        yield Row("left out", "kernels of a round", reason="Triton is not installed")
+        return
+    release(context.device)
+    for call in round_calls(size, dtype, context.device):
+        context.checkpoint(call.name)
+        timing = context.timed(call.launch, call.turns)
+        values = {**timing.to_dict(), "moved_bytes": call.moved_bytes,
+                  "achieved_bytes_per_s": call.moved_bytes / timing.seconds, "turns": call.turns}
+        verdict = bar_verdict(-timing.seconds, -call.pass_s)
+        what, bar = f"{call.name} {size.batch}x{size.drafted + 1}", f"at most {call.pass_s * 1e6:.0f} us"
+        yield Row("round kernel", what, values, verdict, bar)
 
 
 def measure(context: Context, cell: KernelCell, *, is_slow: bool = False) -> Iterator[Row]:

@@ -6,8 +6,9 @@ read, or FLOPs, whichever takes longer. S / S_ideal is what is left when accepta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
+from typing import Any
 
 from ....costs import Limits, forward_floor
 from ....engine.loop import Engine, OpenSession
@@ -15,26 +16,29 @@ from ....records import Cell, Run, SpecConfig
 from ....sensors import Absent, joules_per_token
 from ..context import Context
 from ..ledger import Row, bar_verdict
-from ..models import LABELS, assumed, engine_for, fitting, rounds_of, tokens_for, tokens_in
+from ..models import LABELS, WARM_UP_ROUNDS, assumed, engine_for, fitting, rounds_of, tokens_for, tokens_in
 from ..sizes import ModelCells
 
 BLOCKS = 2  # of plain, speculating, speculating, plain
 KV_BOUND = 0.7  # share of KV in plain decoding from which on S / S_ideal has a bar
 OFF = SpecConfig.off()
+PROFILER_AGREES = 0.02
+ATTENTION_KERNELS = ("split_kernel", "list_kernel", "combine_kernel")
 
 
 def stage(context: Context) -> Iterator[Row]:
-    """A row per model and cell, then a row per bar."""
+    """A row per model and cell, then a row per bar; and for a check the attention that the profiler saw."""
     for model in context.sizes.models:
         context.checkpoint(model.name)
         engine = engine_for(context, model)
         yield Row("model", model.name, {
             "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(engine.pair.target.dtype.itemsize),
             "kv_bytes_per_token": model.shape.kv_bytes_per_token(engine.pair.target.kv_dtype.itemsize),
-        }, labels=LABELS, reason=f"attention by {engine.backend.name}")
+        }, labels=LABELS, reason=f"attention by {engine.backend.name}, rounds {engine.rounds.spelled or engine.rounds.mode}")
         for cell in model.cells:
             context.checkpoint(f"{model.name} {cell}")
             yield from _cell(context, engine, model, cell)
+        yield from _profiled(context, engine, model)
         del engine
 
 
@@ -53,12 +57,13 @@ def _cell(context: Context, engine: Engine, model: ModelCells, wanted: Cell) -> 
             for which in (OFF, config, config, OFF):
                 runs[which].append(rounds_of(session, which, rounds // (2 * BLOCKS) or 1, block=block))
     energy = {**_energy(context, session, OFF, "plain"), **_energy(context, session, config, "spec")}
-    yield from _rows(context, model, cell, runs, seen.flags, energy, is_wanted=cell == wanted)
+    told = {**energy, "capture_s": session.capture_s}
+    yield from _rows(context, model, cell, runs, seen.flags, told, is_wanted=cell == wanted)
 
 
 def _rows(
     context: Context, model: ModelCells, cell: Cell, runs: dict[SpecConfig, list[Run]], flags: tuple[str, ...],
-    energy: dict[str, object], *, is_wanted: bool,
+    told: dict[str, object], *, is_wanted: bool,
 ) -> Iterator[Row]:  # fmt: skip
     config = context.sizes.config
     found = measured(runs, config)
@@ -70,12 +75,38 @@ def _rows(
     }  # fmt: skip
     ideal = etas["eta_round"] / etas["eta_plain"]
     what = f"{model.name} {cell}"
-    values = {**found, **etas, "s_over_ideal": ideal, "kv_share": floors["kv_share"], **energy}
+    values = {**found, **etas, "s_over_ideal": ideal, "kv_share": floors["kv_share"], **told}
     values |= {f"floor_{name}": value for name, value in floors.items() if name != "kv_share"}
     labels = runs[config][0].header.labels
     yield Row("rounds", what, values, labels=labels, flags=flags, reason=f"{config}, {BLOCKS} blocks")
     if model is context.sizes.models[-1] and is_wanted:
         yield from _bars(context, cell, what, etas, ideal, floors["kv_share"], labels)
+
+
+def _profiled(context: Context, engine: Engine, model: ModelCells) -> Iterator[Row]:
+    """Attention per plain step by the profiler's count of its kernels, beside what our own stamps say, in the smallest cell."""
+    if not context.is_gpu:
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    context.checkpoint(f"{model.name} under the profiler")
+    rounds = context.sizes.rounds // 4
+    session = assumed(engine, model.cells[0], 2 * tokens_for(OFF, rounds))
+    ours = rounds_of(session, OFF, rounds)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        watched = rounds_of(session, OFF, rounds)
+        context.synchronize()
+    theirs = attention_in(seen.key_averages()) / (len(watched.steps) + WARM_UP_ROUNDS)
+    mine = median(step.attention_s for step in ours.rounds)
+    apart = abs(theirs / mine - 1) if mine else float("inf")
+    what = f"{model.name} {model.cells[0]}"
+    yield Row("profiler", what, {"apart": apart, "profiled_attention_s": theirs, "stamped_attention_s": mine},
+              bar_verdict(-apart, -PROFILER_AGREES), f"within {PROFILER_AGREES:.0%} of our stamps", labels=ours.header.labels)
+
+
+def attention_in(events: Iterable[Any]) -> float:
+    """Seconds that a profiler's averages book under the kernels of tree attention."""
+    return 1e-6 * sum(float(event.self_device_time_total) for event in events if event.key.startswith(ATTENTION_KERNELS))
 
 
 def measured(runs: dict[SpecConfig, list[Run]], config: SpecConfig) -> dict[str, float]:
