@@ -95,19 +95,21 @@ def _logits(size: RoundSize, dtype: torch.dtype, device: torch.device) -> Iterat
     counts = torch.full((batch,), drafted, device=device)
     target_p, draft_q = (-torch.rand(batch, drafted, device=device) for _ in range(2))
     sequences, first = torch.arange(batch, device=device), _committed(size, device).long() + 1
+    seed = torch.tensor([SEED], device=device)  # on the device: a graph cannot copy it there
 
     def accept(turn: int) -> object:
-        return accepting.accept_chain(tokens, counts, target_p, draft_q, SEED, sequences, first, PURPOSE)
+        return accepting.accept_chain(tokens, counts, target_p, draft_q, seed, sequences, first, PURPOSE)
 
     yield RoundCall("accept_chain", accept, 1, 2 * target_p.numel() * 4, 6e-6)
     target = logits.view(sets, batch, drafted + 1, vocab)
     lse = torch.logsumexp(target[0].float() / 0.8, -1)
+    draft_lse = lse[:, :drafted].contiguous()
     accepted = accept(0)
 
     def draw(turn: int) -> object:
         of = target[turn % sets]
-        laws = (of, lse, of[:, :drafted], lse[:, :drafted], None, 0.8)
-        return draws.draw_residual(*laws, accepted, SEED, sequences, first, PURPOSE)
+        laws = (of, lse, of[:, :drafted], draft_lse, None, 0.8)
+        return draws.draw_residual(*laws, accepted, seed, sequences, first, PURPOSE)
 
     yield RoundCall("draw_residual", draw, sets, 2 * batch * vocab * dtype.itemsize, 12e-6)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.tree_attention.gpu import is_interpreted
+
 Finding = tuple[str, float, float]  # what, error, allowed; allowed 0: equal
 DRAWS_DIFFER = 0.02  # of the draws
 LOGS = 2e-5  # of log-sum-exps and log-probabilities, absolute
@@ -21,9 +23,10 @@ SEED, PURPOSE = 0x1234_5678_9ABC, 2
 
 
 def both(name: str, device: torch.device) -> tuple[Any, Any]:
-    """A kernel's module for this device, and its reference, which stands in for itself on a CPU."""
+    """A kernel's module for this device, and its reference, which stands in for itself on a CPU without Triton's interpreter."""
     reference = import_module(f"specdec_kernels.{name}.reference")
-    return (import_module(f"specdec_kernels.{name}.gpu") if device.type == "cuda" else reference), reference
+    runs_here = device.type == "cuda" or is_interpreted()
+    return (import_module(f"specdec_kernels.{name}.gpu") if runs_here else reference), reference
 
 
 def rope_append(device: torch.device) -> Iterator[Finding]:
