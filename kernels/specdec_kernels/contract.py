@@ -1,7 +1,7 @@
 """What a Triton kernel compiles to for GPUs that are not here: registers, spills, shared memory and machine code.
 
-Triton compiles ahead of time without a GPU, and its wheel brings `cuobjdump` and `nvdisasm`. So what a test can hold a kernel to on
-any machine: no spills, shared memory within the limit, 16-byte loads, tensor-core instructions. Speed is not among it.
+Triton compiles ahead of time without a GPU, and its wheel brings `cuobjdump` and `nvdisasm`. So a test can hold a kernel to
+this on any machine: no spills, shared memory within the limit, 16-byte loads, tensor-core instructions. Speed is not among it.
 `python -m specdec_kernels.contract` prints one line per tile that we ship. Not known here: what a kernel computes.
 """
 
@@ -64,7 +64,7 @@ class Compiled:
 
 def compile_kernel(
     kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], sm: int, *, num_warps: int = 4,
-    num_stages: int = 3, unaligned: Iterable[str] = (), name: str = "",
+    num_stages: int = 3, max_registers: int | None = None, unaligned: Iterable[str] = (), name: str = "",
 ) -> Compiled:
     """Compile a `@triton.jit` function for sm_80, 90 or 100 and read what came out. Takes 2 to 12 seconds.
 
@@ -82,10 +82,9 @@ def compile_kernel(
     types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
     places = {arg: i for i, arg in enumerate(kernel.arg_names)}
     aligned = [a for a, t in types.items() if (t[0] == "*" or t in ("i32", "i64")) and a not in set(unaligned)]
-    source = ASTSource(
-        kernel, types, {(places[a],): v for a, v in constants.items()}, {(places[a],): [["tt.divisibility", 16]] for a in aligned}
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    attributes = {(places[a],): [["tt.divisibility", 16]] for a in aligned}
+    source = ASTSource(kernel, types, {(places[a],): value for a, value in constants.items()}, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return _read(name or kernel.__name__, sm, compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -83,6 +83,16 @@ def window_scalars(sink: int, recent: int, device: torch.device, sliding: int | 
     return torch.tensor([sink, recent, reach], dtype=torch.int32, device=device)
 
 
+def default_chunk(windowed: bool) -> int:
+    """Keys of one part. A constant: a sequence's bits do not depend on its batch."""
+    return WINDOW_CHUNK if windowed else CHUNK
+
+
+def block_d(dim: int) -> int:
+    """The power of two that holds a head."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 def num_parts(slots: int, chunk: int) -> int:
     """Parts that sequences of up to `slots` keys are split into."""
     return -(-slots // chunk)
@@ -101,7 +111,7 @@ def tree_attention(
     workspace: Tensor | None = None, longest: int | None = None, chunk: int | None = None, work: WorkList | None = None,
     tiles: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See reference.tree_attention; k and v of one dtype and strides. Two launches (one where one part holds all keys), no sync.
+    """See reference.tree_attention; k and v of one dtype and strides. Two launches (one if one part holds all keys), no sync.
 
     committed, node_depth, query_node  int32 or int64, on the device; their values are read there, at every launch
     corner      bool [T, C], or what pack_corner made of it (int32), which spares packing it here
@@ -125,7 +135,8 @@ def tree_attention(
         window = window_scalars(sink, recent, q.device)
         most = (index.shape[2] if index is not None else sink) + recent + node_depth.shape[0]
         longest = min(most, longest or k.shape[2])
-    shape = _Shape.of(q, k, node_depth, index if window is not None else None, window is not None, longest, chunk, tiles)
+    index = index if window is not None else None
+    shape = _Shape.of(q, k, node_depth, index, window is not None, longest, chunk, tiles, work is not None)
     _check(q, k, v, corner, query_node, scale, index, window, shape)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if lse is None else lse
@@ -133,7 +144,7 @@ def tree_attention(
         workspace = torch.empty(shape.floats, dtype=torch.float32, device=q.device)
     _check_outputs(q, out, lse, workspace, shape)
     words = corner if corner.dtype == torch.int32 else pack_corner(corner)
-    tensors = (q, k, v, committed, words, node_depth, query_node, window, index if shape.listed else None, out, lse)
+    tensors = (q, k, v, committed, words, node_depth, query_node, window, index, out, lse)
     _split(tensors, shape, scale, alias_mask, stamps, workspace, work)
     if shape.parts > 1:
         _combine(tensors, shape, stamps, workspace)
@@ -159,13 +170,16 @@ class _Shape:
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, node_depth: Tensor, index: Tensor | None, windowed: bool, longest: int | None,
-        chunk: int | None, tiles: Tile | None,
+        chunk: int | None, tiles: Tile | None, work_list: bool,
     ) -> _Shape:  # fmt: skip
         batch, queries, heads, dim = q.shape
-        group, chunk = heads // k.shape[1], chunk or (WINDOW_CHUNK if windowed else CHUNK)
+        group, chunk = heads // k.shape[1], chunk or default_chunk(windowed)
         return cls(
-            batch, queries, k.shape[1], group, dim, node_depth.shape[0], 0 if index is None else index.shape[2], windowed, chunk,
-            num_parts(longest or k.shape[2], chunk), tiles or tile(queries * group, dim, k.element_size(), *_versions(q.device)),
+            batch, queries, k.shape[1], group, dim, node_depth.shape[0], 0 if index is None else index.shape[2], windowed,
+            chunk, num_parts(longest or k.shape[2], chunk),
+            tiles or tile(
+                queries * group, dim, k.element_size(), *_versions(q.device), windowed=windowed, work_list=work_list
+            ),
         )  # fmt: skip
 
     @property
@@ -189,10 +203,6 @@ class _Shape:
     @property
     def floats(self) -> int:
         return self.part_values // self.dim * (self.dim + 1) if self.parts > 1 else 0
-
-    @property
-    def block_d(self) -> int:
-        return max(16, 1 << (self.dim - 1).bit_length())
 
 
 @lru_cache(maxsize=16)
@@ -229,11 +239,12 @@ def _split(
     )  # fmt: skip
     chosen = shape.tile
     constants = {
-        "GROUP": shape.group, "DIM": shape.dim, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_D": shape.block_d,
+        "GROUP": shape.group, "DIM": shape.dim, "BLOCK_D": block_d(shape.dim),
+        "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n,
         "WINDOWED": shape.windowed, "LISTED": shape.listed, "FINAL": shape.parts == 1, "ALIASED": alias_mask is not None,
         "STAMPED": stamps is not None, "MOST": MAX_QUERIES,
     }  # fmt: skip
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.max_registers}
     memory = (*tensors, *_parts(workspace, shape), stamps)
     if work is None:
         grid = (shape.row_blocks * shape.parts, shape.batch * shape.kv_heads)
@@ -251,7 +262,7 @@ def _combine(tensors: tuple[Tensor | None, ...], shape: _Shape, stamps: Tensor |
     combine_kernel[(shape.batch * shape.rows, shape.kv_heads)](
         *_parts(workspace, shape), committed, node_depth, query_node, window, out, lse, stamps,
         shape.queries, shape.nodes, shape.list_len, shape.kv_heads, shape.parts, shape.chunk, *out.stride()[:3],
-        GROUP=shape.group, DIM=shape.dim, BLOCK_D=shape.block_d, BLOCK_S=PARTS_AT_ONCE, WINDOWED=shape.windowed,
+        GROUP=shape.group, DIM=shape.dim, BLOCK_D=block_d(shape.dim), BLOCK_S=PARTS_AT_ONCE, WINDOWED=shape.windowed,
         LISTED=shape.listed, STAMPED=stamps is not None, MOST=MAX_QUERIES, num_warps=1,
     )  # fmt: skip
 
@@ -279,7 +290,7 @@ def _check(
             f"pack_corner makes of that, got {corner.dtype} {list(corner.shape)}"
         )
     if query_node.shape[0] != shape.queries or not math.isfinite(scale) or scale <= 0:
-        raise ValueError(f"query_node names {query_node.shape[0]} of {shape.queries} queries, and scale {scale} must be above 0")
+        raise ValueError(f"query_node names {query_node.shape[0]} of {shape.queries} queries; scale {scale} must be above 0")
     if shape.chunk % shape.tile.block_n:
         raise ValueError(f"chunk must be a multiple of {shape.tile.block_n} keys, got {shape.chunk}")
     if window is not None and (window.dtype != torch.int32 or window.numel() != 3):

@@ -1,11 +1,12 @@
 """The Triton kernels of tree attention; gpu.py launches them, reference.py says what they mean.
 
-A program owns one (sequence, KV head), a block of packed query rows and one *part*: a run of `chunk` of the sequence's keys. Row r is
-query r // GROUP of head r % GROUP of the KV head, so a KV row is read once for all of them. The keys of a sequence are numbered
-first the kept ones (sinks, or an index list), then the prefix from the window on, then the corner; without a window that is the slot.
-Which part a key is in depends on its sequence alone, so a sequence has the same bits in every batch.
+A program owns one (sequence, KV head), a block of packed query rows and one *part*: a run of `chunk` of the sequence's keys.
+Row r is query r // GROUP of head r % GROUP of the KV head, so a KV row is read once for all of them. The keys of a sequence are
+numbered first the kept ones (sinks, or an index list), then the prefix from the window on, then the corner; without a window
+the number is the slot. Which part a key is in depends on its sequence alone, so a sequence has the same bits in every batch.
 
-Scores are in base 2 here. Loads are masked, not only scores: slots beyond a row's corner may hold NaN. Offsets are 64 bits wide.
+Scores are in base 2 here. Loads are masked, not only scores: slots beyond a row's corner may hold NaN. Offsets have 64 bits.
+Names: m is the highest score so far, norm the sum of weights, acc that of weighted values (l and o in FlashAttention-2).
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -50,12 +51,9 @@ def geometry(plen, shallowest, window, nodes, list_len, WINDOWED: tl.constexpr, 
 
 
 @triton.jit
-def _fold(queries, k_at, v_at, inside, seen, m, l, acc, scale_log2, MASKED: tl.constexpr, PADDED: tl.constexpr):
-    """One block of keys into the running maximum m, weight l and values acc of every row."""
-    if MASKED or PADDED:
-        k = tl.load(k_at, mask=inside, other=0.0)
-    else:
-        k = tl.load(k_at)
+def _fold(queries, k_at, v_at, inside, seen, m, norm, acc, scale_log2, MASKED: tl.constexpr, PADDED: tl.constexpr):
+    """One block of keys into m, norm and acc of every row."""
+    k = tl.load(k_at, mask=inside, other=0.0) if MASKED or PADDED else tl.load(k_at)
     s = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
@@ -65,13 +63,10 @@ def _fold(queries, k_at, v_at, inside, seen, m, l, acc, scale_log2, MASKED: tl.c
         base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing: never -inf - -inf
     p = tl.exp2(s - base[:, None])
     fade = tl.exp2(m - base)
-    if MASKED or PADDED:
-        v = tl.load(v_at, mask=inside, other=0.0)
-    else:
-        v = tl.load(v_at)
+    v = tl.load(v_at, mask=inside, other=0.0) if MASKED or PADDED else tl.load(v_at)
     acc = acc * fade[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return highest, l * fade + tl.sum(p, 1), acc
+    return highest, norm * fade + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -82,7 +77,7 @@ def _attend(
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr, LISTED: tl.constexpr, ALIASED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a block of rows to keys lo..hi-1 of one (sequence, KV head): (m, l, acc)."""
+    """Attention of a block of rows to keys lo..hi-1 of one (sequence, KV head): (m, norm, acc)."""
     PADDED: tl.constexpr = BLOCK_D != DIM
     t = rows // GROUP
     live = t < queries
@@ -94,7 +89,7 @@ def _attend(
     k += start
     v += start
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    norm = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     order = tl.arange(0, BLOCK_N)
 
@@ -106,7 +101,7 @@ def _attend(
             if ALIASED:
                 slot = slot & alias_mask
             at = slot.to(tl.int64)[:, None] * kv_slot + dims[None, :]
-            m, l, acc = _fold(asking, k + at, v + at, real[None, :], None, m, l, acc, scale_log2, False, PADDED)
+            m, norm, acc = _fold(asking, k + at, v + at, real[None, :], None, m, norm, acc, scale_log2, False, PADDED)
 
     if WINDOWED:
         recent = tl.load(window + 1)
@@ -143,21 +138,23 @@ def _attend(
         if ALIASED:
             slot = slot & alias_mask
         at = slot.to(tl.int64)[:, None] * kv_slot + dims[None, :]
-        m, l, acc = _fold(asking, k + at, v + at, inside[:, None] & real[None, :], seen, m, l, acc, scale_log2, True, PADDED)
-    return m, l, acc
+        there = inside[:, None] & real[None, :]
+        m, norm, acc = _fold(asking, k + at, v + at, there, seen, m, norm, acc, scale_log2, True, PADDED)
+    return m, norm, acc
 
 
 @triton.jit
 def _store(
-    m, l, acc, out, lse, part_out, part_lse, b, h, rows, part, fits, queries, kv_heads, parts, out_batch, out_query, out_head,
+    m, norm, acc, out, lse, part_out, part_lse, b, h, rows, part, fits, queries, kv_heads, parts,
+    out_batch, out_query, out_head,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """The answer where one part is all there may be, else the part for `combine_kernel`. Keys that do not fit show as NaN."""
     t = rows // GROUP
     dims = tl.arange(0, BLOCK_D)
     keep = ((t < queries) & (part < parts))[:, None] & (dims < DIM)[None, :]
-    acc = acc * tl.where(l > 0, 1.0 / l, 0.0)[:, None]
-    sum2 = tl.where(l > 0, m + tl.log2(l), float("-inf"))
+    acc = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
+    sum2 = tl.where(norm > 0, m + tl.log2(norm), float("-inf"))
     if FINAL:
         head = h * GROUP + rows % GROUP
         at = b.to(tl.int64) * out_batch + t.to(tl.int64)[:, None] * out_query + head[:, None] * out_head + dims[None, :]
@@ -196,14 +193,14 @@ def split_kernel(
     kept, shift, total = geometry(plen, shallowest, window, nodes, list_len, WINDOWED, LISTED)
     lo = part * chunk
     if lo < total:
-        m, l, acc = _attend(
+        m, norm, acc = _attend(
             q, k, v, committed, words, node_depth, query_node, window, index, b, h, rows, lo, tl.minimum(lo + chunk, total),
             plen, kept, shift, scale_log2, alias_mask, queries, nodes, list_len, num_words, kv_heads,
             q_batch, q_query, q_head, kv_batch, kv_head, kv_slot,
             GROUP, DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOWED, LISTED, ALIASED,
         )  # fmt: skip
         _store(
-            m, l, acc, out, lse, part_out, part_lse, b, h, rows, part, total <= parts * chunk, queries, kv_heads, parts,
+            m, norm, acc, out, lse, part_out, part_lse, b, h, rows, part, total <= parts * chunk, queries, kv_heads, parts,
             out_batch, out_query, out_head, GROUP, DIM, BLOCK_D, FINAL,
         )  # fmt: skip
     if STAMPED:
@@ -232,15 +229,15 @@ def list_kernel(
         h = tl.load(item + 1)
         plen = tl.load(committed + b).to(tl.int32)
         kept, shift, total = geometry(plen, shallowest, window, nodes, list_len, WINDOWED, LISTED)
-        m, l, acc = _attend(
+        m, norm, acc = _attend(
             q, k, v, committed, words, node_depth, query_node, window, index, b, h, rows, tl.load(item + 2), tl.load(item + 3),
             plen, kept, shift, scale_log2, alias_mask, queries, nodes, list_len, num_words, kv_heads,
             q_batch, q_query, q_head, kv_batch, kv_head, kv_slot,
             GROUP, DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOWED, LISTED, ALIASED,
         )  # fmt: skip
         _store(
-            m, l, acc, out, lse, part_out, part_lse, b, h, rows, tl.load(item + 4), total <= parts * chunk, queries, kv_heads,
-            parts, out_batch, out_query, out_head, GROUP, DIM, BLOCK_D, FINAL,
+            m, norm, acc, out, lse, part_out, part_lse, b, h, rows, tl.load(item + 4), total <= parts * chunk, queries,
+            kv_heads, parts, out_batch, out_query, out_head, GROUP, DIM, BLOCK_D, FINAL,
         )  # fmt: skip
     if STAMPED:
         tl.atomic_max(stamps + 1, globaltimer())
@@ -266,7 +263,7 @@ def combine_kernel(
     dims = tl.arange(0, BLOCK_D)
     order = tl.arange(0, BLOCK_S)
     m = float("-inf")
-    l = 0.0
+    norm = 0.0
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for s in range(0, live, BLOCK_S):
         part = s + order
@@ -279,14 +276,14 @@ def combine_kernel(
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weight = tl.exp2(sum2 - base)
         fade = tl.exp2(m - base)
-        l = l * fade + tl.sum(weight, 0)
+        norm = norm * fade + tl.sum(weight, 0)
         acc = acc * fade + tl.sum(values * weight[:, None], 0)
         m = highest
-    acc = tl.where(total <= parts * chunk, acc * tl.where(l > 0, 1.0 / l, 0.0), float("nan"))  # keys that do not fit
+    acc = tl.where(total <= parts * chunk, acc * tl.where(norm > 0, 1.0 / norm, 0.0), float("nan"))  # keys that do not fit
     head = h * GROUP + row % GROUP
     t = row // GROUP
     place = b.to(tl.int64) * out_batch + t.to(tl.int64) * out_query + head * out_head
     tl.store(out + place + dims, acc.to(out.dtype.element_ty), mask=dims < DIM)
-    tl.store(lse + (b * queries + t) * (kv_heads * GROUP) + head, tl.where(l > 0, m + tl.log2(l), float("-inf")) * LN_2)
+    tl.store(lse + (b * queries + t) * (kv_heads * GROUP) + head, tl.where(norm > 0, m + tl.log2(norm), float("-inf")) * LN_2)
     if STAMPED:
         tl.atomic_max(stamps + 1, globaltimer())

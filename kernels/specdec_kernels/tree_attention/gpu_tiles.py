@@ -13,12 +13,19 @@ CHUNK, WINDOW_CHUNK = 1024, 256  # keys of one part; fixed, so that a sequence's
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and keys of one step of the loop, and how it is spread and pipelined. Chunks are multiples of block_n."""
+    """Rows and keys of one step of the loop, and how it is spread and pipelined. Chunks are multiples of block_n.
+
+    max_registers  per thread. Named, it keeps the assembler from spilling to fit one more block on a multiprocessor
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{', all registers' if self.max_registers else ''}"
 
 
 def row_block(rows: int) -> int:
@@ -26,8 +33,10 @@ def row_block(rows: int) -> int:
     return next((block for block in ROW_BLOCKS if rows <= block), ROW_BLOCKS[-1])
 
 
-def tile(rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int) -> Tile:
+def tile(
+    rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int, *, windowed: bool = False, work_list: bool = False,
+) -> Tile:  # fmt: skip
     """The tile for this many packed rows, head size and size of a KV element, on this GPU and Triton 3.x."""
-    del sm, triton_minor
+    del sm, triton_minor, windowed, work_list
     block_m = row_block(rows)
     return Tile(block_m, 64 if dim <= 128 and element_bytes == 2 else 32, 4, 3)

@@ -14,9 +14,9 @@ def work_list(
 
     committed, node_depth, query_node, sink, recent  as tree attention takes them
     list_len  entries of an index list per KV head, in place of sinks; 0: there is none
-    returns   items int32 [N, 5]: sequence, KV head, first key, key after the last, number of the part; and their count int32 [1].
-              Keys are numbered as they are read: kept ones (sinks or a list's entries), then the prefix from the window on,
-              then the corner. Where everything is visible a key's number is its slot
+    returns   items int32 [N, 5]: sequence, KV head, first key, key after the last, number of the part; and their count, int32
+              [1]. Keys are numbered as they are read: kept ones (sinks or a list's entries), then the prefix from the
+              window on, then the corner. Where everything is visible a key's number is its slot
     """
     shallowest, items = int(node_depth[query_node.long()].min()), []
     for b, prefix in enumerate(committed.tolist()):
