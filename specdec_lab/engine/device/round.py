@@ -19,7 +19,7 @@ from .forward import Net, forward, logits
 from .ops import Ops
 from .program import Feed, Program
 from .state import (
-    ACCEPTED, ATTENTION, CONTEXT, CUT, DRAFT_ATTENTION, EMITTED, ENTRY, KNOWN, LIVE, MOST_MARKS, RANKS, TOKENS, DeviceState,
+    ACCEPTED, ATTENTION, CONTEXT, CUT, DRAFT_ATTENTION, EMITTED, ENTRY, KNOWN, LAG, LIVE, MOST_MARKS, RANKS, TOKENS, DeviceState,
 )  # fmt: skip
 
 
@@ -171,6 +171,7 @@ def _entry(
     entry = torch.zeros(state.batch, ENTRY, dtype=torch.int64, device=counts.device)
     entry[:, CONTEXT], entry[:, LIVE], entry[:, ACCEPTED] = state.committed, state.live, accepted
     entry[:, EMITTED], entry[:, KNOWN] = counts, known
+    entry[:, LAG] = (state.committed - state.known).clamp(0, 1)
     entry[:, CUT] = (counts < decision.num_accepted + 1) & state.live
     entry[:, TOKENS : TOKENS + decision.tokens.shape[1]] = decision.tokens
     if program.layout is not None and decision.ranks is not None:

@@ -52,7 +52,7 @@ from .ops import Ops, TritonOps
 from .program import Program
 from .readings import HostPost, Letter, PinnedPost, Post, Reading, SyncedNow, end_ns, lap, readings, start_ns
 from .round import Stage
-from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LIVE, RANKS, TOKENS, DeviceState
+from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LAG, LIVE, RANKS, TOKENS, DeviceState
 
 ROUNDS_PER_READ = 8
 FLIGHTS = 2  # at once: one runs while the other is read
@@ -302,7 +302,7 @@ class DeviceSession(Session):
         (before, before_ns), self._caught_up = self._caught_up, ((), 0)
         took, flags = lap(flight.player.phases, reading.times, gap_ns, before_ns)
         context = tuple(entry[CONTEXT] for entry in entries)
-        target, draft = self._counts(config, list(context))
+        target, draft = self._counts(config, list(context), [entry[LAG] for entry in entries])
         is_tree = config.tree is not None and not config.is_chain
         commit = Commit(
             tuple(entry[ACCEPTED] for entry in entries),
@@ -320,12 +320,17 @@ class DeviceSession(Session):
         self._progress.rounds += 1
         return replace(record, flags=record.flags + flags) if flags else record
 
-    def _counts(self, config: SpecConfig, context: list[int]) -> tuple[tuple[Forward, ...], tuple[Forward, ...]]:
+    def _counts(
+        self, config: SpecConfig, context: list[int], lags: list[int]
+    ) -> tuple[tuple[Forward, ...], tuple[Forward, ...]]:
         """Exact counts of the forwards of a round: of verify, and of drafting. All rows are computed."""
         if config.is_off or config.view is None:
             return (count_forward(context, 1, FULL),), ()
         program, view = self._programs[config.drafter, str(config.tree)], config.view
-        first = count_forward(context, program.drafts[0].num_queries, view)
+        behind = lags if config.drafter == "model" else [0] * len(lags)
+        first = count_forward(
+            [n - lag for n, lag in zip(context, behind, strict=True)], program.drafts[0].num_queries, view
+        )
         if program.layout is None:
             drafts = [first] + [count_forward(context, 1, view, step) for step in range(1, config.depth)]
             return (count_forward(context, config.depth + 1, FULL),), tuple(drafts)
