@@ -21,15 +21,17 @@ from ..summary import summarize
 from ..workload import Workload
 from .attention import AttentionBackend
 from .backends import pick
+from .cache import available_bytes
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .device.choice import Rounds, choose_rounds
 from .device.ops import ops_for
+from .device.plan import check_memory
 from .device.readings import SyncedNow
-from .device.session import DeviceSession
+from .device.session import ROUNDS_PER_READ, DeviceSession
 from .models.loading import ModelPair
 from .models.runner import Runner
-from .session import Session
+from .session import DRAFT_MARGIN, Session
 from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
@@ -100,6 +102,8 @@ class Engine:
         made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         if not self.rounds.on_device:
             return OpenSession(self, Session(*made), workload, clock)
+        device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
+        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
         session = DeviceSession(
             *made, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured", instrumented=self.instrument,
             synced=synced,

@@ -1,6 +1,6 @@
 """What accepting means, in torch on any device. gpu.py computes the same; same arguments, same order.
 
-Each function is one launch for the whole batch there. Nodes are numbered breadth-first with the root as 0, a chain along itself;
+Each function is one launch for the whole batch there. Nodes are numbered breadth-first from the root, 0; a chain along itself;
 the drafted token of node v is tokens[:, v - 1]. `purpose` names the random numbers (noise/reference.py).
 Not known here: how laws came about, who draws the token behind the last accepted one (sample_rows).
 """
@@ -122,7 +122,7 @@ def accept_tree_equal(
         node = 0
         for place in range(depth):
             family = [v for v in families[node] if v > 0]
-            equal = [int(tokens[b, v - 1]) == int(chosen[b, node]) and (exists is None or bool(exists[b, v - 1])) for v in family]
+            equal = [bool(tokens[b, v - 1] == chosen[b, node]) and (exists is None or bool(exists[b, v - 1])) for v in family]
             rank = equal.index(True) + 1 if True in equal else 0
             if rank == 0:
                 break

@@ -14,8 +14,8 @@ def kv_compact(kv: Tensor, path: Tensor, counts: Tensor, committed: Tensor) -> T
     counts     [B] how many entries of each row count
     committed  [B] tokens before each row's root
     returns    kv
-    Nodes rise along a path, so a source lies at or behind its place. Entries that would not (path[b, i] <= i) and sources beyond S
-    are not moved.
+    Nodes rise along a path, so a source lies at or behind its place. Entries that would not (path[b, i] <= i) and sources
+    beyond S are not moved.
     """
     order = torch.arange(path.shape[1], device=path.device)
     sources = committed[:, None] + path

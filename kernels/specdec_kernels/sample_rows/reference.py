@@ -5,12 +5,12 @@
     draw_residual  the same from what acceptance left: the token after a refusal, or the bonus
 Greedy decoding draws nothing: row_lse has the arg-max. `purpose` names the random numbers (noise/reference.py).
 
-**Top-k and top-p** need a sort, and stay torch operations on the device (topk, sort, scatter: a graph can hold them): give
-every kernel of the round the logarithm of the law that they leave as logits, with temperature 1 and row_lse of those.
+**Top-k and top-p** need a sort, and stay torch operations on the device (topk, sort, scatter: a graph can hold them). Give
+every kernel of the round the logarithm of the law that they leave as logits, with temperature 1 and the row_lse of those.
 
-**Agreement.** A draw by inverse distribution takes the first token whose cumulative weight exceeds u times the total, both summed
-in float64 over weights in float32. Another device's exp differs by some float32 ulp, so the token may differ where u is as
-close to a border: never on laws whose probabilities are exact. A Gumbel draw may differ where two scores are as close.
+**Agreement.** A draw by inverse distribution takes the first token whose cumulative weight exceeds u times the total, both
+summed in float64 over weights in float32. Another device's exp differs by some float32 ulp, so the token may differ where u
+is as close to a border: never on laws whose probabilities are exact. A Gumbel draw may differ where two scores are as close.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...costs import ModelShape
-from ..models.fast_llama import FastLlama, Layer, Parts
+from ..models.fast_llama import FastLlama, Parts
 from .ops import Ops
 from .program import Feed
 
@@ -46,8 +45,11 @@ def forward(
     positions, slots = base[:, None] + feed.turns, base[:, None] + feed.slots
     hidden = F.embedding(tokens, parts.embedding).view(batch * queries, -1)  # [B*T, d]
     for number, layer in enumerate(parts.layers):
-        qkv = _project(layer, hidden, shape, parts.eps).view(batch, queries, -1, shape.head_dim)
-        q = ops.rope_append(qkv, positions, slots, parts.cos, parts.sin, net.kv[number, 0], net.kv[number, 1])
+        normed = F.rms_norm(hidden, (hidden.shape[-1],), layer.input_norm, parts.eps)
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(batch, queries, -1)
+        q = ops.rope_append(
+            qkv, positions, slots, parts.cos, parts.sin, net.kv[number], layer.q_norm, layer.k_norm, parts.eps
+        )
         attended = ops.attend(q, net.kv, number, plan, parts.scale)
         hidden = hidden + F.linear(attended.reshape(batch * queries, -1), layer.out, layer.out_bias)
         gate_up = F.linear(F.rms_norm(hidden, (hidden.shape[-1],), layer.post_norm, parts.eps), layer.gate_up)
@@ -61,13 +63,3 @@ def logits(net: Net, hidden: Tensor) -> Tensor:
     parts = net.parts
     return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), parts.norm, parts.eps), parts.head)
 
-
-def _project(layer: Layer, hidden: Tensor, shape: ModelShape, eps: float) -> Tensor:
-    """Queries, keys and values of every token, [B*T, Hq+2*Hkv, D], normed where the model does that, not yet rotated."""
-    normed = F.rms_norm(hidden, (hidden.shape[-1],), layer.input_norm, eps)
-    qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, shape.head_dim)
-    if layer.q_norm is None or layer.k_norm is None:
-        return qkv
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
-    size = (shape.head_dim,)
-    return torch.cat([F.rms_norm(q, size, layer.q_norm, eps), F.rms_norm(k, size, layer.k_norm, eps), v], 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec_kernels.stamp import gpu as gpu_stamp
@@ -21,6 +22,7 @@ from specdec_kernels.stamp import reference as reference_stamp
 from specdec_kernels.tree_attention import gpu as gpu_attention
 from specdec_kernels.work_list import gpu as gpu_work_list
 
+from .kernel_deciding import RoundKernels
 from .program import Feed
 
 
@@ -37,9 +39,10 @@ class Ops(Protocol):
         """q [B, T, Hq, D] -> [B, T, Hq, D] over kv [layers, 2, B, Hkv, S, D]; notes in the plan's stamps when it ran."""
 
     def rope_append(
-        self, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        """qkv [B, T, Hq+2*Hkv, D] -> rotated queries [B, T, Hq, D]; rotated keys, and values, go to slots [B, T] of k and v."""
+        self, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, q_norm: Tensor | None,
+        k_norm: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
+        """See specdec_kernels.rope_append: queries [B, T, Hq, D], rotated; K/V go to slots [B, T] of kv [2, B, Hkv, S, D]."""
 
     def compact(self, kv: Tensor, base: Tensor, path: Tensor, counts: Tensor) -> None:
         """Move the KV of nodes path [B, A], as far as counts [B] say, to slots base + 1 + i, in all layers."""
@@ -94,18 +97,23 @@ class ReferenceOps:
         return out
 
     def rope_append(
-        self, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+        self, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, q_norm: Tensor | None,
+        k_norm: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
         """See Ops.rope_append."""
-        heads = qkv.shape[2] - 2 * k.shape[1]
-        rotated, values = qkv.split([heads + k.shape[1], k.shape[1]], 2)
-        c, s = (table[positions][:, :, None].to(qkv.dtype) for table in (cos, sin))  # [B, T, 1, D/2]
-        first, second = rotated.chunk(2, -1)
+        kv_heads, dim = kv.shape[2], kv.shape[4]
+        work = torch.promote_types(qkv.dtype, torch.float32)
+        heads = qkv.shape[2] // dim - 2 * kv_heads
+        q, k, v = qkv.view(*positions.shape, -1, dim).to(work).split([heads, kv_heads, kv_heads], 2)
+        if q_norm is not None and k_norm is not None:
+            q, k = (F.rms_norm(x, (dim,), norm.to(work), eps) for x, norm in ((q, q_norm), (k, k_norm)))
+        c, s = (table[positions][:, :, None].to(work) for table in (cos, sin))  # [B, T, 1, D/2]
+        first, second = torch.cat([q, k], 2).chunk(2, -1)
         rotated = torch.cat([first * c - second * s, second * c + first * s], -1)
-        at = slots[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        k.scatter_(2, at, rotated[:, :, heads:].transpose(1, 2).to(k.dtype))
-        v.scatter_(2, at, values.transpose(1, 2).to(v.dtype))
-        return rotated[:, :, :heads]
+        at = slots[:, None, :, None].expand(-1, kv_heads, -1, dim)
+        kv[0].scatter_(2, at, rotated[:, :, heads:].transpose(1, 2).to(kv.dtype))
+        kv[1].scatter_(2, at, v.transpose(1, 2).to(kv.dtype))
+        return rotated[:, :, :heads].to(qkv.dtype)
 
     def compact(self, kv: Tensor, base: Tensor, path: Tensor, counts: Tensor) -> None:
         """See Ops.compact."""
@@ -138,10 +146,22 @@ class TritonPlan:
 
 
 class TritonOps(ReferenceOps):
-    """The kernels. What has none yet is torch, which a graph captures too."""
+    """The kernels."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: RoundKernels) -> None:
         super().__init__(name="triton", max_queries=gpu_attention.MAX_QUERIES)
+        self.kernels = kernels
+
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, q_norm: Tensor | None,
+        k_norm: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
+        """See Ops.rope_append."""
+        return self.kernels.rope_append(qkv, positions, slots, cos, sin, kv, q_norm, k_norm, eps)
+
+    def compact(self, kv: Tensor, base: Tensor, path: Tensor, counts: Tensor) -> None:
+        """See Ops.compact."""
+        self.kernels.kv_compact(kv, path, counts, base)
 
     def plan(self, feed: Feed, base: Tensor, kv: Tensor, heads: int, window: Tensor | None, stamps: Tensor | None) -> Any:
         """See Ops.plan. One launch; the workspace is for the longest rows that the cache can hold."""
@@ -176,4 +196,4 @@ def ops_for(name: str) -> Ops:
     """The operations called `name`; ValueError for one that does not exist."""
     if name not in ("reference", "triton"):
         raise ValueError(f"there are no operations {name!r} of a round; known: reference, triton")
-    return TritonOps() if name == "triton" else ReferenceOps()
+    return TritonOps(RoundKernels.of("gpu")) if name == "triton" else ReferenceOps()

@@ -14,36 +14,27 @@ from torch import Tensor
 
 from ..clocks import Phase
 from ..verify import Decision
-from .deciding import Rules, accept, draft_level
+from .deciding import Deciding, Drafted, together
 from .forward import Net, forward, logits
 from .ops import Ops
 from .program import Feed, Program
 from .state import (
-    ACCEPTED,
-    ATTENTION,
-    CONTEXT,
-    CUT,
-    DRAFT_ATTENTION,
-    EMITTED,
-    ENTRY,
-    KNOWN,
-    LIVE,
-    MOST_MARKS,
-    RANKS,
-    TOKENS,
-    DeviceState,
+    ACCEPTED, ATTENTION, CONTEXT, CUT, DRAFT_ATTENTION, EMITTED, ENTRY, KNOWN, LAG, LIVE, MOST_MARKS, RANKS, TOKENS, DeviceState,
 )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Stage:
-    """What rounds of a session work on; its draft comes when first asked for. instrumented: False stamps only a round's ends."""
+    """What rounds of a session work on; its draft comes when first asked for.
+
+    instrumented  False stamps only start and end of a round
+    """
 
     state: DeviceState
     target: Net
     draft: Net | None
     ops: Ops
-    rules: Rules
+    deciding: Deciding
     instrumented: bool = True
 
 
@@ -64,14 +55,14 @@ class Marks:
 def play(stage: Stage, program: Program) -> tuple[Phase, ...]:
     """One round of every row. Returns the phases of its stamps; the last, HOST, is the end of the round."""
     marks, state = Marks(stage), stage.state
-    tokens, law = _draft(stage, program, marks)
+    drafted = _draft(stage, program, marks)
     marks.enter(Phase.LINEAR)
-    fed = torch.cat([state.roots, tokens], 1) if program.depth else state.roots  # [B, N+1]
-    stamps = state.verify_stamps if stage.instrumented else None
+    fed = torch.cat([state.roots, together(drafted, state.committed)], 1)  # [B, N+1]
+    stamps = state.verify_stamps[: len(stage.target.parts.layers)] if stage.instrumented else None
     hidden = forward(stage.target, stage.ops, fed, state.committed, program.verify, None, stamps)
     scores = logits(stage.target, hidden)
     marks.enter(Phase.ACCEPT)
-    decision = accept(stage.rules, program, tokens, law, scores, state.committed)
+    decision = stage.deciding.accept(program, drafted, scores, state.committed)
     marks.enter(Phase.COMMIT)
     _commit(stage, program, decision)
     if stage.instrumented:
@@ -81,12 +72,12 @@ def play(stage: Stage, program: Program) -> tuple[Phase, ...]:
     return tuple(marks.phases)
 
 
-def _draft(stage: Stage, program: Program, marks: Marks) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, N] level by level, and the laws they were drawn from (rejection only)."""
-    state = stage.state
+def _draft(stage: Stage, program: Program, marks: Marks) -> list[Drafted]:
+    """Level by level: a forward of the nodes that have children, and their children chosen."""
+    state, drafted = stage.state, list[Drafted]()
     if not program.drafts:
-        return state.ids[:, :0], None
-    net, fed, tokens, laws = _drafting(stage, program), state.roots, [], []
+        return drafted
+    net, fed = _drafting(stage, program), state.roots
     for level, feed in enumerate(program.drafts):
         marks.enter(Phase.DRAFT_LINEAR)
         stamps = state.draft_stamps[level, : len(net.parts.layers)] if stage.instrumented else None
@@ -96,11 +87,9 @@ def _draft(stage: Stage, program: Program, marks: Marks) -> tuple[Tensor, Tensor
             hidden = forward(net, stage.ops, fed, state.committed, feed, state.window, stamps)
         scores = logits(net, hidden)
         marks.enter(Phase.DRAFT_OTHER)
-        chosen, law, fed = draft_level(stage.rules, program, level, scores, state.committed)
-        tokens.append(chosen)
-        if law is not None:
-            laws.append(law)
-    return torch.cat(tokens, 1), torch.cat(laws, 1) if laws else None
+        drafted.append(stage.deciding.draft(program, level, scores, state.committed))
+        fed = drafted[-1].fed
+    return drafted
 
 
 def _drafting(stage: Stage, program: Program) -> Net:
@@ -133,7 +122,7 @@ def _commit(stage: Stage, program: Program, decision: Decision) -> None:
     state.ids.scatter_(1, state.committed[:, None] + 1 + order, tokens)
     known = _keep(stage, program, decision, accepted)
     emitted, committed = state.emitted + counts, state.committed + counts
-    entry = _entry(state, decision, accepted, counts, torch.minimum(known, committed))
+    entry = _entry(state, program, decision, accepted, counts, torch.minimum(known, committed))
     row = state.number % state.log.shape[0]
     state.entries.index_copy_(0, row, entry[None])
     state.live.logical_and_(~ended & (emitted < state.limit))
@@ -175,14 +164,17 @@ def _keep(stage: Stage, program: Program, decision: Decision, accepted: Tensor) 
     return known + fed
 
 
-def _entry(state: DeviceState, decision: Decision, accepted: Tensor, counts: Tensor, known: Tensor) -> Tensor:
+def _entry(
+    state: DeviceState, program: Program, decision: Decision, accepted: Tensor, counts: Tensor, known: Tensor
+) -> Tensor:
     """[B, ENTRY] what the host will read of this round."""
     entry = torch.zeros(state.batch, ENTRY, dtype=torch.int64, device=counts.device)
     entry[:, CONTEXT], entry[:, LIVE], entry[:, ACCEPTED] = state.committed, state.live, accepted
     entry[:, EMITTED], entry[:, KNOWN] = counts, known
+    entry[:, LAG] = (state.committed - state.known).clamp(0, 1)
     entry[:, CUT] = (counts < decision.num_accepted + 1) & state.live
     entry[:, TOKENS : TOKENS + decision.tokens.shape[1]] = decision.tokens
-    if decision.ranks is not None:
+    if program.layout is not None and decision.ranks is not None:
         entry[:, RANKS : RANKS + decision.ranks.shape[1]] = decision.ranks
     return entry
 

@@ -37,21 +37,22 @@ from ...records import SpecConfig, StepRecord, UnsupportedConfig
 from ...workload import Workload
 from ..accounts import Commit, count, step_record
 from ..attention import AttentionBackend
-from ..batch import Forward, count_forward
+from ..batch import Batch, Forward, count_forward
 from ..calibrate import Ceilings
 from ..clocks import Clock
 from ..models.fast_llama import FastLlama
 from ..models.loading import ModelPair
 from ..session import FULL, Session
 from ..threads import Threads
-from .deciding import Rules
+from .deciding import Deciding, TorchDeciding
 from .forward import Net
 from .graphs import CapturedPlayers, EagerPlayers, Player, Players
-from .ops import Ops
+from .kernel_deciding import KernelDeciding
+from .ops import Ops, TritonOps
 from .program import Program
 from .readings import HostPost, Letter, PinnedPost, Post, Reading, SyncedNow, end_ns, lap, readings, start_ns
 from .round import Stage
-from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LIVE, RANKS, TOKENS, DeviceState
+from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LAG, LIVE, RANKS, TOKENS, DeviceState
 
 ROUNDS_PER_READ = 8
 FLIGHTS = 2  # at once: one runs while the other is read
@@ -97,10 +98,9 @@ class DeviceSession(Session):
         layers = max(runner.shape.layers for runner in (pair.target, pair.draft) if runner is not None)
         batch = self._batch
         self._state = DeviceState.of(batch.ids, sorted(self._eos), workload.max_new_tokens, rounds_per_read, layers)
-        self._rules = Rules(batch.processor, batch.verifier, batch.noise)
         self._programs: dict[tuple[str, str], Program] = {}
         assert isinstance(pair.target, FastLlama)
-        self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, self._rules, instrumented)
+        self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, _deciding(batch, ops), instrumented)
         self._players: Players = CapturedPlayers(self._stage, cuda) if captured else EagerPlayers(self._stage, "eager")
         on_cuda = pair.target.device.type == "cuda"
         self._post: Post = PinnedPost(self._state.log, FLIGHTS, cuda) if on_cuda else HostPost()
@@ -302,7 +302,7 @@ class DeviceSession(Session):
         (before, before_ns), self._caught_up = self._caught_up, ((), 0)
         took, flags = lap(flight.player.phases, reading.times, gap_ns, before_ns)
         context = tuple(entry[CONTEXT] for entry in entries)
-        target, draft = self._counts(config, list(context))
+        target, draft = self._counts(config, list(context), [entry[LAG] for entry in entries])
         is_tree = config.tree is not None and not config.is_chain
         commit = Commit(
             tuple(entry[ACCEPTED] for entry in entries),
@@ -320,17 +320,31 @@ class DeviceSession(Session):
         self._progress.rounds += 1
         return replace(record, flags=record.flags + flags) if flags else record
 
-    def _counts(self, config: SpecConfig, context: list[int]) -> tuple[tuple[Forward, ...], tuple[Forward, ...]]:
+    def _counts(
+        self, config: SpecConfig, context: list[int], lags: list[int]
+    ) -> tuple[tuple[Forward, ...], tuple[Forward, ...]]:
         """Exact counts of the forwards of a round: of verify, and of drafting. All rows are computed."""
         if config.is_off or config.view is None:
             return (count_forward(context, 1, FULL),), ()
         program, view = self._programs[config.drafter, str(config.tree)], config.view
-        first = count_forward(context, program.drafts[0].num_queries, view)
+        behind = lags if config.drafter == "model" else [0] * len(lags)
+        first = count_forward(
+            [n - lag for n, lag in zip(context, behind, strict=True)], program.drafts[0].num_queries, view
+        )
         if program.layout is None:
             drafts = [first] + [count_forward(context, 1, view, step) for step in range(1, config.depth)]
             return (count_forward(context, config.depth + 1, FULL),), tuple(drafts)
         drafts = [first] + [level.count(context, view) for level in program.layout.levels[1:]]
         return (program.layout.whole.count(context, FULL),), tuple(drafts)
+
+
+def _deciding(batch: Batch, ops: Ops) -> Deciding:
+    """By the kernels where the operations are kernels."""
+    chosen = batch.processor, batch.verifier, batch.noise
+    if not isinstance(ops, TritonOps):
+        return TorchDeciding(*chosen)
+    seed = torch.tensor([batch.noise.seed], dtype=torch.int64, device=batch.ids.device)
+    return KernelDeciding(*chosen, seed, ops.kernels)
 
 
 def _window_of(config: SpecConfig) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...records import MAX_DEPTH
 
 MOST_EMITTED = MAX_DEPTH + 1  # tokens of a row in one round
-CONTEXT, LIVE, ACCEPTED, EMITTED, CUT, KNOWN, TOKENS = range(7)  # columns of a row's entry; its ranks follow the tokens
+CONTEXT, LIVE, LAG, ACCEPTED, EMITTED, CUT, KNOWN, TOKENS = range(8)  # columns of a row's entry; its ranks follow the tokens
 RANKS = TOKENS + MOST_EMITTED
 ENTRY = RANKS + MAX_DEPTH
 MOST_MARKS = 2 * MAX_DEPTH + 6  # stamps of a round
