@@ -23,7 +23,7 @@ SEED, PURPOSE = 0x1234_5678_9ABC, 2
 
 
 def both(name: str, device: torch.device) -> tuple[Any, Any]:
-    """A kernel's module for this device, and its reference, which stands in for itself on a CPU without Triton's interpreter."""
+    """A kernel's module for this device, and its reference, which on a CPU without Triton's interpreter stands in for it."""
     reference = import_module(f"specdec_kernels.{name}.reference")
     runs_here = device.type == "cuda" or is_interpreted()
     return (import_module(f"specdec_kernels.{name}.gpu") if runs_here else reference), reference
