@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ CPU = torch.device("cpu")
 
 def test_an_aliased_read_is_attention_over_the_few_slots_that_it_names_and_is_timed_beside_the_real_one(tmp_path):
     (cell,) = TINY.exposed
-    rows = list(_aliased(Context(CPU, TINY, Ledger(tmp_path / "gpu.jsonl", "r", {}), 60.0), cell))
+    sizes = replace(TINY, repeats=1, most_layers=1)
+    rows = list(_aliased(Context(CPU, sizes, Ledger(tmp_path / "gpu.jsonl", "r", {}), 60.0), cell))
     assert [row.kind for row in rows] == ["exposed"]
     assert rows[0].values["alias_slots"] == alias_mask(cell, 4, 1 << 20) + 1
     assert rows[0].values["exposed_s"] == pytest.approx(rows[0].values["attention_s"] - rows[0].values["aliased_s"])

@@ -311,7 +311,7 @@ def test_a_rehearsal_is_never_written_into_the_tuning_database(tmp_path, monkeyp
 def test_every_stage_runs_through_with_tiny_shapes_and_leaves_labelled_rows_outside_any_database(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tuning_db").mkdir()
-    code, out, _ = call("--rehearse", "--minutes", "1.2", "--out", "rehearsal", "--json")
+    code, out, _ = call("--rehearse", "--out", "rehearsal", "--json")
     told = json.loads(out)
     found = {name: rows[-1]["values"]["status"] for name, rows in told["stages"].items()}
     assert found == dict.fromkeys(plan.NAMES, OK), {n: r[-1].get("reason") for n, r in told["stages"].items()}
@@ -345,7 +345,7 @@ class Finder(machinery.PathFinder):
         return None if name.split(".")[0] in absent else find(name, path, target)
 sys.meta_path[:] = [Finder if f is machinery.PathFinder else f for f in sys.meta_path]
 from specdec_lab.cli import main
-sys.exit(main(["gpu", "calibrate", "headline", "tune", "trace", "--rehearse", "--minutes", "1", "--json"]))
+sys.exit(main(["gpu", "calibrate", "headline", "tune", "trace", "--rehearse", "--json"]))
 """
 
 

@@ -87,6 +87,7 @@ class Sizes:
     overhead_blocks: int
     tune_batches: tuple[int, ...]
     tune_lengths: tuple[int, ...]
+    tune_s: float
     trace_cell: Cell
     peer_cells: tuple[Cell, ...]
     peer_tokens: int
@@ -124,7 +125,7 @@ FULL = Sizes(
     draft_eta=0.72, ideal=0.88, headline=(4096, 16384, 32768), batches=(1, 4, 16, 32), alpha=0.8,
     exposed=(_verify("8x32k/8x128g4", 5), _verify("32x16k/8x128g4", 5)),
     overhead_cell=Cell(8, 4096), overhead_rounds=200, overhead_blocks=4, tune_batches=(1, 8), tune_lengths=(1024, 4096),
-    trace_cell=Cell(4, 2048), peer_cells=(Cell(1, 4096), Cell(8, 4096)), peer_tokens=64, far_offset_bytes=5 << 30,
+    tune_s=30.0, trace_cell=Cell(4, 2048), peer_cells=(Cell(1, 4096), Cell(8, 4096)), peer_tokens=64, far_offset_bytes=5 << 30,
 )
 
 _TINY_SHAPE = ModelShape(2, 64, 4, 2, 16, 96, 97)
@@ -141,6 +142,6 @@ TINY = Sizes(
     config=SpecConfig.parse("self:2+14/chain3"), rounds=4, energy_s=0.0,
     etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(24, 40), batches=(1, 2), alpha=0.8, exposed=(_verify("2x70/2x16g2", 3),),
-    overhead_cell=Cell(2, 24), overhead_rounds=4, overhead_blocks=2, tune_batches=(1,), tune_lengths=(64,),
+    overhead_cell=Cell(2, 24), overhead_rounds=4, overhead_blocks=2, tune_batches=(1,), tune_lengths=(64,), tune_s=2.0,
     trace_cell=Cell(2, 24), peer_cells=(Cell(1, 24),), peer_tokens=6, far_offset_bytes=0,
 )

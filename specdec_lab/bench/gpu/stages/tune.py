@@ -18,9 +18,9 @@ MODEL = "demo"
 def stage(context: Context) -> Iterator[Row]:
     """A row per cell of the policy."""
     engine = Engine(load(MODEL, device=context.device.type))
-    database = context.folder.parent
+    sizes, database = context.sizes, context.folder.parent
     tuning = prepare(
-        engine, context.sizes.tune_batches, context.sizes.tune_lengths, SHARE * context.left_s, workload="prose",
+        engine, sizes.tune_batches, sizes.tune_lengths, min(SHARE * context.left_s, sizes.tune_s), workload="prose",
         database=database, run_dir=context.folder / "runs" / f"tune-{context.ledger.run}",
         sampling=Sampling(temperature=0.8, verifier="coupled"),
     )  # fmt: skip
