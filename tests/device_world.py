@@ -1,4 +1,4 @@
-"""A CUDA that is not there: streams, events and graphs that note what is done with them. A replay runs the captured round again."""
+"""A CUDA that is not there: streams and graphs that note what is done with them. A replay runs the captured round again."""
 
 from __future__ import annotations
 

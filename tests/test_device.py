@@ -16,7 +16,8 @@ from device_world import FakeCuda
 from specdec_lab.engine import attention, tree_layout
 from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.engine.clocks import Phase, PhaseClock
-from specdec_lab.engine.device import graphs, readings, session as device_session
+from specdec_lab.engine.device import graphs, readings
+from specdec_lab.engine.device import session as device_session
 from specdec_lab.engine.device.deciding import TorchDeciding
 from specdec_lab.engine.device.forward import Net
 from specdec_lab.engine.device.kernel_deciding import KernelDeciding, RoundKernels
@@ -32,9 +33,12 @@ from specdec_lab.records import SpecConfig, UnsupportedConfig
 GREEDY, COUPLED = {}, {"temperature": 0.8, "verifier": "coupled", "seed": 3}
 REJECTION, CUT = {"temperature": 0.8, "seed": 5}, {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "seed": 7}
 LAWS = {"greedy": GREEDY, "coupled": COUPLED, "rejection": REJECTION, "top-p": CUT}
-CONFIGS = ["off", "self:4+8/chain3", "model:4+8/chain2", "model:full/chain1", "self:4+8/3,2,1", "model:3+9/tree:-1,0,-1,0,2"]
+CONFIGS = [
+    "off", "self:4+8/chain3", "model:4+8/chain2", "model:full/chain1", "self:4+8/3,2,1", "model:3+9/tree:-1,0,-1,0,2"
+]
 DRAFTING = {"draft_kv_read_bytes", "kv_write_bytes", "linear_flops", "attention_flops"}
-TIMED = {f.name for f in dataclasses.fields(sd.StepRecord) if f.name.endswith("_s")} | {"flags", "draft_threads", "verify_threads"}
+TIMED = {f.name for f in dataclasses.fields(sd.StepRecord) if f.name.endswith("_s")}
+TIMED |= {"flags", "draft_threads", "verify_threads"}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,7 @@ def test_turns_rewinds_and_switches_between_drafters_keep_the_tokens_of_plain_de
     turns = tuple(tuple(map(tuple, tiny.prompts([n, 4, 6], seed=n))) for n in (3, 5))
     asked = workload((9, 30, 17), 12, turns=turns, stop_at_eos=False)
     plain = sd.record(host.steps(asked, "off")).tokens()
-    order = ["self:4+8/chain3", "off", "model:4+8/chain2", "ngram/chain3", "model:4+8/2,1", "self:2+6/chain3", "model:full/chain2"]
+    order = ["self:4+8/chain3", "off", "model:4+8/chain2", "ngram/chain3", "model:4+8/2,1", "self:2+6/chain3"]
     asks = 0
 
     def choose(live, length):

@@ -137,7 +137,8 @@ class Engine:
         base = {
             "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype),
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
-            "backend": self.backend.name, "graphs": self.rounds.mode == "captured", "threads": threads, "engine": __version__.rsplit(".", 1)[0],
+            "backend": self.backend.name,
+            "graphs": self.rounds.mode == "captured", "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
@@ -185,7 +186,8 @@ class Engine:
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
             config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
-            draft=_facts(self.pair.draft, self._draft_backend, self.rounds) if self.pair.draft and self._draft_backend else None,
+            draft=_facts(self.pair.draft, self._draft_backend, self.rounds)
+            if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,
             machine={
                 **machine.facts(), "device": self.identity().device, "threads": self.threads.most,

@@ -208,7 +208,7 @@ def matching(
 
 def testing(
     proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor,
-    noise: Noise, over: Over | None = None,
+    noise: Noise, over: Over | None,
 ) -> Step:  # fmt: skip
     """Test the children in draw order; where none is accepted, draw from what is left."""
     batch, device = first_position.shape[0], first_position.device

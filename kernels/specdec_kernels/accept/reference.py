@@ -173,7 +173,7 @@ def _test_family(left: Tensor, q: Tensor, family: list[int], u: Tensor, out: Acc
     """The rank of the accepted child, or 0; refusals go to row b of out."""
     offered, mass = q.clone(), 1.0
     for rank, token in enumerate(family):
-        d, r = float(offered[token]) / mass, float(left[token])
+        d, r = float(offered[token]) / mass if mass > 0 else 0.0, float(left[token])  # used-up support: dead children
         if d == 0:
             continue
         rest = (left - offered / mass).clamp(min=0)

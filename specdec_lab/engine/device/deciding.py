@@ -1,7 +1,7 @@
-"""Choosing drafts and accepting a path on the device, twice: in torch (here), and by the kernels of a round (kernel_deciding.py).
+"""Choosing drafts and accepting a path on the device: in torch (here), and by the kernels of a round (kernel_deciding.py).
 
-Both hold the same laws and use the same noise, so they emit the tokens of a session on the host. The torch side is the functions of
-verify.py and tree_verify.py as far as they ask the host nothing. Not known here: models, caches.
+Both hold the same laws and use the same noise, so they emit the tokens of a session on the host. The torch side is the
+functions of verify.py and tree_verify.py as far as they ask the host nothing. Not known here: models, caches.
 """
 
 from __future__ import annotations

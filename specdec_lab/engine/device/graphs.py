@@ -1,7 +1,7 @@
 """Rounds captured as CUDA graphs, one per program, replayed by one call each; or, where there is no CUDA, simply run.
 
-Both are Players: `play()` does one round. `torch.cuda` itself is handed in as the interface to graphs, so that a test can hand in
-another. Not known here: what a round does, who reads its results.
+Both are Players: `play()` does one round. `torch.cuda` itself is handed in as the interface to graphs, so that a test can
+hand in another. Not known here: what a round does, who reads its results.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class EagerPlayers:
 class CapturedPlayers:
     """One graph per program key on the buffers of a session; all graphs share one memory pool.
 
-    Windows, lengths, live rows and what was emitted are values in buffers, so no part of the key. A graph of one program may reuse
-    the memory of another's temporaries: they are replayed one after the other on one stream, and nothing but the buffers of the
-    state and the caches is carried from round to round.
+    Windows, lengths, live rows and what was emitted are values in buffers, so no part of the key. A graph of one program may
+    reuse the memory of another's temporaries: they are replayed one after the other on one stream, and nothing but the buffers
+    of the state and the caches is carried from round to round.
     """
 
     stage: Stage

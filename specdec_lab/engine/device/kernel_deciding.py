@@ -1,4 +1,4 @@
-"""Choosing drafts and accepting a path by the kernels of a round: no law is ever written, only logits and their log-sum-exps are.
+"""Choosing drafts and accepting a path by the kernels of a round: no law is ever written, only logits and log-sum-exps are.
 
 The kernels are handed in, so that a test can run the same code over their references. Not known here: how they work.
 """
@@ -27,7 +27,7 @@ ACCEPT, SAMPLE = ("accept_chain_equal", "accept_chain", "accept_tree_equal", "ac
 
 @dataclass(frozen=True, slots=True)
 class RoundKernels:
-    """The functions of specdec_kernels that a round calls, all of one kind: their meaning is in the reference of each folder."""
+    """The functions of specdec_kernels that a round calls, all of one kind; the reference of each folder says what they do."""
 
     rope_append: Callable[..., Tensor]
     kv_compact: Callable[..., Tensor]

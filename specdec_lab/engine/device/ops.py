@@ -1,6 +1,6 @@
 """The operations of a round that have kernels, as one small seam with two implementations.
 
-    reference  torch on any device: the meaning. Dense in float64, so for tests; its times are those of the host, so right on a CPU
+    reference  torch on any device: the meaning. Dense in float64, so for tests; its times are the host's, so right on a CPU
     triton     the kernels of specdec_kernels/*/gpu.py
 
 No operation reads a value on the host; all may run while a CUDA graph is captured. Not known here: what a round is.
@@ -67,7 +67,9 @@ class ReferenceOps:
     name: str = "reference"
     max_queries: int = 1 << 20
 
-    def plan(self, feed: Feed, base: Tensor, kv: Tensor, heads: int, window: Tensor | None, stamps: Tensor | None) -> ReferencePlan:
+    def plan(
+        self, feed: Feed, base: Tensor, kv: Tensor, heads: int, window: Tensor | None, stamps: Tensor | None
+    ) -> ReferencePlan:
         """See Ops.plan."""
         num_nodes = feed.depths.shape[0]
         node = torch.arange(kv.shape[4], device=base.device) - base[:, None]  # [B, S], negative in the prefix

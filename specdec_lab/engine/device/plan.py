@@ -1,7 +1,7 @@
 """What device rounds will allocate, from shapes alone, before anything is allocated; and what would fit instead.
 
-Weights are loaded by then and not counted. Temporaries are an upper bound for rounds of up to NODES drafted tokens a row; the pool of
-captured graphs holds them. Not known here: allocators.
+Weights are loaded by then and not counted. Temporaries are an upper bound for rounds of up to NODES drafted tokens a row; the
+pool of captured graphs holds them. Not known here: allocators.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def check_memory(pair: ModelPair, batch: int, max_tokens: int, rounds_per_read: 
     rows = _largest(batch, lambda n: fits(n, max_tokens))
     tokens = _largest(max_tokens, lambda n: fits(batch, n))
     raise CacheTooLarge(
-        f"rounds on the device for {batch} sequences x {max_tokens} tokens need {made.total:,} bytes ({made}); {free:,} are free. "
-        f"Of this length {rows} sequences fit; of this batch, {tokens} tokens."
+        f"rounds on the device for {batch} sequences x {max_tokens} tokens need {made.total:,} bytes ({made}); {free:,} are "
+        f"free. Of this length {rows} sequences fit; of this batch, {tokens} tokens."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is fixed about the rounds of a configuration: which nodes every forward feeds and what they see. Made once, on the device.
+"""What is fixed about the rounds of a configuration: which nodes every forward feeds and what they see. Made once.
 
 Sink and recent of a window are not in here, nor is any length: configurations that differ in those share a program, and so a
 captured graph. Not known here: models, tokens.

@@ -1,6 +1,6 @@
 """A round as a straight line of device work: draft, verify, accept, commit. Reading `play` is reading what a graph holds.
 
-Nothing here looks at a value: no shape, branch or loop depends on one, so the line can be captured and replayed, or simply run.
+Nothing here looks at a value: no shape, branch or loop depends on one, so the line can be captured and replayed, or just run.
 Finished rows are computed like the others and advance no more; what they write lies beyond their text, within the cache.
 Not known here: how often results are read, records.
 """
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..clocks import Phase
 from ..verify import Decision
+from . import state as log
 from .deciding import Deciding, Drafted, together
 from .forward import Net, forward, logits
 from .ops import Ops
 from .program import Feed, Program
-from .state import (
-    ACCEPTED, ATTENTION, CONTEXT, CUT, DRAFT_ATTENTION, EMITTED, ENTRY, KNOWN, LAG, LIVE, MOST_MARKS, RANKS, TOKENS, DeviceState,
-)  # fmt: skip
+from .state import DeviceState
 
 
 @dataclass(slots=True)
@@ -102,8 +101,8 @@ def _drafting(stage: Stage, program: Program) -> Net:
 def _catch_up(stage: Stage, net: Net, feed: Feed, stamps: Tensor | None) -> Tensor:
     """Hidden states [B, 1, d] behind the roots, of a second network.
 
-    After a fully accepted round it lacks the KV of the last committed token. So this forward always has two tokens: that one and
-    the root; of a row that lacks nothing the root and padding, whose KV the next draft overwrites.
+    After a fully accepted round it lacks the KV of the last committed token. So this forward always has two tokens: that one
+    and the root; of a row that lacks nothing the root and padding, whose KV the next draft overwrites.
     """
     state = stage.state
     lag = (state.committed - state.known).clamp(0, 1)  # [B]
@@ -167,15 +166,15 @@ def _keep(stage: Stage, program: Program, decision: Decision, accepted: Tensor) 
 def _entry(
     state: DeviceState, program: Program, decision: Decision, accepted: Tensor, counts: Tensor, known: Tensor
 ) -> Tensor:
-    """[B, ENTRY] what the host will read of this round."""
-    entry = torch.zeros(state.batch, ENTRY, dtype=torch.int64, device=counts.device)
-    entry[:, CONTEXT], entry[:, LIVE], entry[:, ACCEPTED] = state.committed, state.live, accepted
-    entry[:, EMITTED], entry[:, KNOWN] = counts, known
-    entry[:, LAG] = (state.committed - state.known).clamp(0, 1)
-    entry[:, CUT] = (counts < decision.num_accepted + 1) & state.live
-    entry[:, TOKENS : TOKENS + decision.tokens.shape[1]] = decision.tokens
+    """[B, log.ENTRY] what the host will read of this round."""
+    entry = torch.zeros(state.batch, log.ENTRY, dtype=torch.int64, device=counts.device)
+    entry[:, log.CONTEXT], entry[:, log.LIVE], entry[:, log.ACCEPTED] = state.committed, state.live, accepted
+    entry[:, log.EMITTED], entry[:, log.KNOWN] = counts, known
+    entry[:, log.LAG] = (state.committed - state.known).clamp(0, 1)
+    entry[:, log.CUT] = (counts < decision.num_accepted + 1) & state.live
+    entry[:, log.TOKENS : log.TOKENS + decision.tokens.shape[1]] = decision.tokens
     if program.layout is not None and decision.ranks is not None:
-        entry[:, RANKS : RANKS + decision.ranks.shape[1]] = decision.ranks
+        entry[:, log.RANKS : log.RANKS + decision.ranks.shape[1]] = decision.ranks
     return entry
 
 
@@ -186,5 +185,5 @@ def _sum_attention(stage: Stage, program: Program) -> None:
     if program.drafts:
         draft = draft[:, : len(_drafting(stage, program).parts.layers)]
     spent = [(s[..., 1] - s[..., 0]).sum() for s in (draft, state.verify_stamps[: len(stage.target.parts.layers)])]
-    assert (DRAFT_ATTENTION, ATTENTION) == (MOST_MARKS, MOST_MARKS + 1)
-    state.times[:, MOST_MARKS:].index_copy_(0, state.number % state.log.shape[0], torch.stack(spent)[None])
+    assert (log.DRAFT_ATTENTION, log.ATTENTION) == (log.MOST_MARKS, log.MOST_MARKS + 1)
+    state.times[:, log.MOST_MARKS:].index_copy_(0, state.number % state.log.shape[0], torch.stack(spent)[None])

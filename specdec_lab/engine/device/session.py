@@ -7,7 +7,7 @@ running, so the device waits for nobody. What follows from that:
 - `live` and `mean_length` are those of the next record to be handed out; a choice of configuration takes effect at most two
   flights later, and every record says which configuration it ran.
 - A flight is no longer than rows certainly need, so without an end-of-text token no round is played in vain. With one, rounds
-  may run after the last row has ended: they emit nothing, are no records, and their time is booked as host time of the last one.
+  may run after the last row has ended: they emit nothing, are no records, and the last record books their time as host time.
 - n-gram and SnapKV rounds look at text or scores on the host: they run there, as in any session, after the device is done.
 
 WHAT A GPU RUN MUST CHECK FIRST, in this order; none of it could be run where this was written:
@@ -17,8 +17,8 @@ WHAT A GPU RUN MUST CHECK FIRST, in this order; none of it could be run where th
    `rounds="eager"` under `torch.cuda.set_sync_debug_mode("error")`, which points to the line.
 3. Replays advance: `number` counts them, and the tokens of captured and eager rounds are equal.
 4. Stamps rise within a round, their tick is below 2 us (a table of 1,000 consecutive stamps), and the sum of a run's wall times
-   is within 1% of the host's, consumer excluded; attention intervals lie inside their forwards (no flag "attention-above-forward").
-5. `players.capture_s` and the memory of the graph pool (`torch.cuda.memory_reserved`) against plan.PoolGuess.
+   is within 1% of the host's, consumer excluded; attention lies inside its forwards (no flag "attention-above-forward").
+5. `DeviceSession.capture_s`, and `torch.cuda.memory_reserved` after captures against plan.MemoryPlan.
 
 Not known here: what a round does (round.py).
 """
@@ -85,8 +85,9 @@ class DeviceSession(Session):
     def __init__(
         self, pair: ModelPair, backend: AttentionBackend, draft_backend: AttentionBackend | None, workload: Workload,
         clock: Clock, ceilings: Ceilings, threads: Threads, *, ops: Ops, captured: bool, instrumented: bool = True,
-        synced: SyncedNow | None = None, rounds_per_read: int = ROUNDS_PER_READ, cuda: Any = torch.cuda, now: Callable[[], int] = time.perf_counter_ns,
-    ) -> None:
+        synced: SyncedNow | None = None, rounds_per_read: int = ROUNDS_PER_READ, cuda: Any = torch.cuda,
+        now: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:  # fmt: skip
         self._flights: deque[Flight] = deque()
         self._ready: deque[StepRecord] = deque()
         self._ready_live: deque[tuple[bool, ...]] = deque()

@@ -1,8 +1,8 @@
 """Everything that changes from round to round, in buffers that never move: what a captured round reads and writes.
 
-A row's text is ids[b, :committed + 1]; its last token is the root, not yet in the cache. Results of a round go into one row of a
-log on the device, round `number` into row number % rounds; the host copies the whole log at once every few rounds. Not known
-here: what a round does (round.py), who reads the log (readings.py).
+A row's text is ids[b, :committed + 1]; its last token is the root, not yet in the cache. Results of a round go into one row
+of a log on the device, round `number` into row number % rounds; the host copies the whole log at once every few rounds. Not
+known here: what a round does (round.py), who reads the log (readings.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DeviceState:
     emitted    [B] tokens of this turn
     known      [B] tokens whose KV the draft model has
     number     [1] round
-    window     [3] int32: sinks and window of the draft's view, and how far back sinks are seen. Values, so never part of a graph
+    window     [3] int32: sinks and window of the draft's view, how far back sinks are seen. Values, so never part of a graph
     eos        [E] tokens that end a text
     limit      [1] tokens per turn
     log        [rounds, B * ENTRY + TIMES]
