@@ -10,9 +10,11 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 
-from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, ours  # noqa: E402  # after the check for Triton
+from specdec_lab.bench.gpu import round_kernels  # noqa: E402  # after the check for Triton
+from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, ours  # noqa: E402
 from specdec_lab.bench.gpu.context import Context  # noqa: E402
 from specdec_lab.bench.gpu.ledger import Ledger  # noqa: E402
+from specdec_lab.bench.gpu.round_calls import round_calls  # noqa: E402
 from specdec_lab.bench.gpu.sizes import TINY  # noqa: E402
 from specdec_lab.bench.gpu.stages.exposed import _aliased, _attend, alias_mask  # noqa: E402
 
@@ -43,3 +45,22 @@ def test_the_triton_back_end_is_among_ours_and_right():
     board = Stage(TINY.kernels[0], 2, torch.float32, CPU)
     (call,) = [made for made in ours(board) if isinstance(made, Call) and made.name == "triton"]
     assert error_of(call, board, is_ours=True) < 4e-6
+
+
+@pytest.mark.parametrize("case", [round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse,
+                                  round_kernels.accept, round_kernels.sample_rows, round_kernels.noise])  # fmt: skip
+def test_the_cases_of_round_kernels_run_the_kernels_and_find_them_right(case):
+    ours, reference = round_kernels.both("row_lse", CPU)
+    assert ours is not reference
+    for what, error, allowed in case(CPU):
+        if "rope_append bfloat16" not in what:  # the interpreter truncates where a GPU rounds
+            assert error <= allowed, what
+
+
+def test_the_calls_of_round_kernels_run_with_the_sizes_that_they_are_timed_with():
+    calls = list(round_calls(TINY.round_size, torch.float32, CPU))
+    assert [call.name for call in calls] == ["rope_append", "kv_compact", "row_lse", "accept_chain", "draw_residual"]
+    for call in calls:
+        call.launch(0)
+        call.launch(call.turns)
+        assert call.moved_bytes > 0
