@@ -25,7 +25,8 @@ class Tile:
     max_registers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{', all registers' if self.max_registers else ''}"
+        registers = ", all registers" if self.max_registers else ""
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{registers}"
 
 
 def row_block(rows: int) -> int:
