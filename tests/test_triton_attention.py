@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")]
 
 ALLOWED = {torch.float32: 2e-6, torch.float16: 6e-4}
+CHEAP = 2500  # keys times queries times heads of a row of the conformance suite that the interpreter is to bear
 BLOCK, CHUNK = 64, 128  # keys of a step and of a part here: small, so that short contexts have several
 DRAW = torch.Generator().manual_seed(7)
 
@@ -163,9 +164,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(view):
 
 
 @pytest.mark.parametrize("view", [{}, {"sink": 4, "recent": 100}], ids=["full", "window"])
-@pytest.mark.parametrize(("corner", "longest"), [(tree(6), 320), (tree(20), 320), (tree(6), 4 * CHUNK)], ids=str)
-def test_a_work_list_gives_the_same_bits_as_the_grid(view, corner, longest):
-    call = Call((290, 5, 130), corner, kv_heads=2, group=2)
+@pytest.mark.parametrize(
+    ("nodes", "group", "longest"), [(6, 2, 320), (6, 2, 4 * CHUNK), (9, 8, 320)], ids=["tight", "room to spare", "row blocks"]
+)
+def test_a_work_list_gives_the_same_bits_as_the_grid(view, nodes, group, longest):
+    call = Call((290, 5), tree(nodes), group=group)
     work = work_list_gpu.work_list(
         call.committed, call.depth, call.node, kv_heads=2, chunk=CHUNK, longest=longest, **view
     )
@@ -239,7 +242,7 @@ def test_what_would_read_the_wrong_memory_is_refused_before_the_launch():
     call = Call((50,), chain(3), kv_heads=1)
     for wrong, message in (
         ({"scale": -1.0}, "scale -1.0 must be above 0"),
-        ({"chunk": 100}, "multiple of 64 keys, got 100"),
+        ({"chunk": 100}, "multiple of 32 keys, got 100"),
         ({"window": torch.zeros(2, dtype=torch.int32)}, r"window is int32 \[3\]"),
         ({"workspace": torch.empty(3), "longest": 300}, "workspace must hold"),
         ({"lse": torch.empty(1, 3, 3)}, "lse must be"),
@@ -266,10 +269,12 @@ def test_the_back_end_conforms_in_a_few_cases_of_every_family():
 
 
 def few(cases):
-    """Every so-manieth case of each family, and of those asked many times over the shortest."""
+    """Every so-manieth of the cheap cases of each family."""
     met = Counter()
     for case in cases:
-        met[case.family] += 1
-        every = {"views": 29, "borders": 7, "changes": 4, "sliding": 5, "widths": 9}.get(case.family, 6)
-        if met[case.family] % every == 1 and max(case.lengths) * len(case.corner.queries) <= 3000:
+        if max(case.lengths) * len(case.corner.queries) * case.kv_heads > CHEAP:
+            continue
+        every = {"views": 37, "borders": 7, "changes": 3, "sliding": 5, "widths": 9}.get(case.family, 6)
+        if met[case.family] % every == 0:
             yield case
+        met[case.family] += 1
