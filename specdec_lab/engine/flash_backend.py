@@ -1,8 +1,8 @@
 """The flash-attn package as an attention back end, for rounds over the whole context.
 
 flash-attn has no tree mask. But every node sees the whole prefix, so it reads the prefix without any mask, we read the few
-nodes of the corner ourselves, and both join by their log-sum-exps; a chain is the tree whose corner is a triangle. Windows, which are
-short, and chunks of prompts go through sdpa. Not known here: how flash-attn splits its work.
+nodes of the corner ourselves, and both join by their log-sum-exps; a chain is the tree whose corner is a triangle. Windows,
+which are short, and chunks of prompts go through sdpa. Not known here: how flash-attn splits its work.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..contract import Compiled, compile_kernel
 from .gpu import MAX_QUERIES, PARTS_AT_ONCE, block_d
-from .gpu_tiles import ROW_BLOCKS, Tile, tile
+from .gpu_tiles import ROW_BLOCKS, Tile, row_block, tile
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 STRIDES = ("q_batch", "q_query", "q_head", "kv_batch", "kv_head", "kv_slot", "out_batch", "out_query", "out_head")
@@ -27,9 +27,10 @@ def shipped(
         for dim in dims:
             for dtype in dtypes:
                 for rows in ROW_BLOCKS:
-                    for kind in KINDS:
-                        yield partial(split, sm, rows, dim, dtype, kind)
-                    yield partial(split, sm, rows, dim, dtype, work_list=True)
+                    if rows == row_block(rows, dim, BYTES[dtype]):
+                        for kind in KINDS:
+                            yield partial(split, sm, rows, dim, dtype, kind)
+                            yield partial(split, sm, rows, dim, dtype, kind, work_list=True)
                 yield partial(combine, sm, dim, dtype)
 
 
@@ -46,7 +47,7 @@ def split(
     from . import gpu_kernels
 
     kernel = gpu_kernels.list_kernel if work_list else gpu_kernels.split_kernel
-    chosen = chosen or tile(rows, dim, BYTES[dtype], sm, _triton_minor(), windowed=kind != "full", work_list=work_list)
+    chosen = chosen or tile(rows, dim, BYTES[dtype], sm, _triton_minor(), windowed=kind != "full")
     constants = {
         "GROUP": 4, "DIM": dim, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_D": block_d(dim),
         "WINDOWED": False, "LISTED": False, "FINAL": False, "ALIASED": False, "STAMPED": False, "MOST": MAX_QUERIES,

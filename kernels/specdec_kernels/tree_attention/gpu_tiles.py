@@ -1,14 +1,15 @@
-"""Which tile the Triton kernels run with: a table from what compiles without spills, to be re-measured per GPU.
+"""Which tile the Triton kernels run with: those that compile without spills, in one table. None is measured on a GPU yet.
 
-Not known here: the kernels. `python -m specdec_kernels.contract` compiles every line.
+Not known here: the kernels. `python -m specdec_kernels.contract` compiles every line of the table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROW_BLOCKS = (16, 32, 64)  # packed query rows of one program: 16 and 32 fit HMMA, 64 Hopper's warpgroups
+ROW_BLOCKS = (16, 32, 64)  # packed query rows of one program: 16 and 32 for HMMA, 64 for HGMMA (Hopper) and UTCHMMA (Blackwell)
 CHUNK, WINDOW_CHUNK = 1024, 256  # keys of one part; fixed, so that a sequence's bits do not depend on its batch
+ALL = 255  # registers per thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +26,42 @@ class Tile:
     max_registers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{', all registers' if self.max_registers else ''}"
+        registers = ", all registers" if self.max_registers else ""
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{registers}"
 
 
-def row_block(rows: int) -> int:
-    """The smallest row block that holds `rows`, or the largest, of which there are then several."""
-    return next((block for block in ROW_BLOCKS if rows <= block), ROW_BLOCKS[-1])
+# (bytes of a KV element, largest head size) -> the tiles of growing row blocks, first for whole prefixes, then for windows
+Tiles = tuple[Tile, ...]
+TABLE: dict[tuple[int, int], tuple[Tiles, Tiles]] = {
+    (2, 64): (
+        (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ),
+    (2, 128): (
+        (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 64, 4, 3, ALL)),
+        (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 32, 4, 2, ALL)),
+    ),
+    (2, 256): ((Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL)), (Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL))),
+    (4, 64): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
+    (4, 128): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
+    (4, 256): ((Tile(16, 16, 8, 2, ALL),), (Tile(16, 16, 8, 2, ALL),)),
+}
+# (Triton 3.x, sm, bytes, largest head size, row block, windowed) -> a tile of this combination alone
+EXCEPTIONS: dict[tuple[int, int, int, int, int, bool], Tile] = {}
 
 
-def tile(
-    rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int, *, windowed: bool = False, work_list: bool = False,
-) -> Tile:  # fmt: skip
+def tile(rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int, *, windowed: bool = False) -> Tile:
     """The tile for this many packed rows, head size and size of a KV element, on this GPU and Triton 3.x."""
-    del sm, triton_minor, windowed, work_list
-    block_m = row_block(rows)
-    return Tile(block_m, 64 if dim <= 128 and element_bytes == 2 else 32, 4, 3)
+    block, size = row_block(rows, dim, element_bytes), _size(dim)
+    usual = next(t for t in TABLE[element_bytes, size][windowed] if t.block_m == block)
+    return EXCEPTIONS.get((triton_minor, sm, element_bytes, size, block, windowed), usual)
+
+
+def row_block(rows: int, dim: int, element_bytes: int) -> int:
+    """The smallest row block that holds `rows`, or the largest, of which there are then several."""
+    blocks = [t.block_m for t in TABLE[element_bytes, _size(dim)][0]]
+    return next((block for block in blocks if rows <= block), blocks[-1])
+
+
+def _size(dim: int) -> int:
+    return next(size for size in (64, 128, 256) if dim <= size)

@@ -75,7 +75,7 @@ class KernelDeciding:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Tokens [B, children]; of rejection also the logits they were drawn from and what the kernels ask of them."""
         here = None if program.layout is None else program.layout.levels[level]
-        most, rows = 1 if here is None else here.most, position[:, None].expand(-1, scores.shape[1])
+        most, rows = 1 if here is None else here.most, position[:, None].expand(-1, scores.shape[1]).contiguous()
         if self.processor.is_greedy or (self.verifier == "coupled" and most > 1):
             if most == 1:
                 chosen = self._stats(scores, 1.0)[1][..., None]
