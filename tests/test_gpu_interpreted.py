@@ -16,7 +16,7 @@ from specdec_lab.bench.gpu.context import Context  # noqa: E402
 from specdec_lab.bench.gpu.ledger import Ledger  # noqa: E402
 from specdec_lab.bench.gpu.round_calls import round_calls  # noqa: E402
 from specdec_lab.bench.gpu.sizes import TINY  # noqa: E402
-from specdec_lab.bench.gpu.stages.exposed import _aliased, _attend, alias_mask  # noqa: E402
+from specdec_lab.bench.gpu.stages.exposed import _aliased, alias_mask, attention_of  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -33,12 +33,12 @@ def test_an_aliased_read_is_attention_over_the_few_slots_that_it_names_and_is_ti
 def test_aliasing_changes_what_is_read_and_nothing_else():
     (cell,) = TINY.exposed
     board = Stage(cell, 2, torch.float32, CPU)
-    real, cut = _attend(board, 1), _attend(board, 1, mask=15)
+    real, cut = attention_of(board)(1), attention_of(board, mask=15)(1)
     assert real.shape == cut.shape
     assert not torch.equal(real, cut)
     keys = board.cache.kv.shape[-2]
     board.cache.kv[1].copy_(board.cache.kv[1][..., torch.arange(keys) & 15, :].clone())
-    assert torch.equal(_attend(board, 1), cut)
+    assert torch.equal(attention_of(board)(1), cut)
 
 
 def test_the_triton_back_end_is_among_ours_and_right():

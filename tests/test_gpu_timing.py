@@ -301,12 +301,13 @@ def test_an_aliased_footprint_is_a_power_of_two_well_inside_the_l2():
 
 
 def test_the_profilers_attention_is_that_of_the_attention_kernels_alone():
-    events = [SimpleNamespace(key=key, self_device_time_total=t) for key, t in
-              (("split_kernel", 300.0), ("combine_kernel", 20.0), ("gemm", 5e3), ("list_kernel", 80.0))]  # fmt: skip
-    assert rounds_stage.attention_in(events) == pytest.approx(400e-6)
+    seen = (("split_kernel", 300.0, 4), ("combine_kernel", 20.0, 6), ("gemm", 5e3, 99), ("list_kernel", 80.0, 2))
+    events = [SimpleNamespace(key=key, self_device_time_total=time, count=count) for key, time, count in seen]
+    assert rounds_stage.attention_in(events, 2) == pytest.approx(400e-6 / 3)  # six launches of two layers are three forwards
+    assert rounds_stage.attention_in(events[2:3], 2) == float("inf")
     from specdec_kernels.tree_attention import gpu_kernels
 
-    assert all(hasattr(gpu_kernels, name) for name in rounds_stage.ATTENTION_KERNELS)
+    assert all(hasattr(gpu_kernels, name) for name in (*rounds_stage.MAIN_KERNELS, rounds_stage.COMBINE_KERNEL))
 
 
 def test_the_peak_of_the_memory_is_known_only_where_torch_tells_its_clock():

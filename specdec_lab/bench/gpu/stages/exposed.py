@@ -7,7 +7,7 @@ of context = a step at n tokens - a step at a few, all else equal; that works on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -61,8 +61,8 @@ def _aliased(context: Context, cell: KernelCell) -> Iterator[Row]:
     layers = rotation(read_bytes(cell, dtype.itemsize), needed, free, context.sizes.most_layers)
     board = Stage(cell, layers, dtype, context.device)
     mask = alias_mask(cell, dtype.itemsize, context.l2_bytes or 1 << 20)
-    real = context.timed(lambda turn: _attend(board, turn), board.layers)
-    fast = context.timed(lambda turn: _attend(board, turn, mask=mask), board.layers)
+    real = context.timed(attention_of(board), board.layers)
+    fast = context.timed(attention_of(board, mask=mask), board.layers)
     floor = board.kv_bytes / context.ceilings.read_bytes_per_s
     exposed = real.seconds - fast.seconds
     yield Row("exposed", str(cell), {
@@ -74,26 +74,37 @@ def _aliased(context: Context, cell: KernelCell) -> Iterator[Row]:
         yield from _stamped(context, board, real.seconds)
 
 
-def _attend(board: Stage, turn: int, *, mask: int | None = None, stamps: Tensor | None = None) -> Tensor:
-    reads, (k, v) = board.situation.reads, board.cache.layer(turn % board.layers)
-    out, _ = gpu.tree_attention(
-        board.q, k, v, reads.committed, reads.corner, reads.node_depths, reads.query_nodes, scale=board.scale,
-        alias_mask=mask, stamps=stamps, longest=reads.longest,
-    )
-    return out
+def attention_of(board: Stage, *, mask: int | None = None, stamps: Tensor | None = None) -> Callable[[int], Tensor]:
+    """A launch of the kernels alone: all that a forward makes once for its layers is made here."""
+    reads, (batch, queries, heads, dim) = board.situation.reads, board.q.shape
+    corner = (gpu.pack_corner(reads.corner), reads.node_depths.to(torch.int32), reads.query_nodes.to(torch.int32))
+    committed, out = reads.committed.to(torch.int32), torch.empty_like(board.q)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=board.q.device)
+    floats = gpu.workspace_floats(batch, heads, queries, dim, reads.longest, gpu.default_chunk(False))
+    workspace = torch.empty(floats, dtype=torch.float32, device=board.q.device) if floats else None
+
+    def launch(turn: int) -> Tensor:
+        made, _ = gpu.tree_attention(
+            board.q, *board.cache.layer(turn % board.layers), committed, *corner, scale=board.scale, alias_mask=mask,
+            stamps=stamps, out=out, lse=lse, workspace=workspace, longest=reads.longest,
+        )
+        return made
+
+    return launch
 
 
 def _stamped(context: Context, board: Stage, seconds: float) -> Iterator[Row]:
     """What in-kernel stamps cost, and whether the interval that they give is the one that events give."""
     stamps = torch.tensor([2**63 - 1, 0], dtype=torch.int64, device=context.device)
-    stamped = context.timed(lambda turn: _attend(board, turn, stamps=stamps), board.layers)
+    launch = attention_of(board, stamps=stamps)
+    stamped = context.timed(launch, board.layers)
     cost = stamped.seconds / seconds - 1
     yield Row("stamps", f"cost in {board.cell}", {"cost": cost, "stamped_s": stamped.seconds}, bar_verdict(-cost, -STAMPS_COST),
               f"at most {STAMPS_COST:.1%}")
     spans = []
     for turn in range(context.sizes.repeats):
         stamps.copy_(torch.tensor([2**63 - 1, 0], device=context.device))
-        _attend(board, turn, stamps=stamps)
+        launch(turn)
         first, last = stamps.tolist()
         spans.append((last - first) * 1e-9)
     apart = abs(median(spans) / seconds - 1)

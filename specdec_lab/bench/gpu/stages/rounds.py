@@ -16,14 +16,14 @@ from ....records import Cell, Run, SpecConfig
 from ....sensors import Absent, joules_per_token
 from ..context import Context
 from ..ledger import Row, bar_verdict
-from ..models import LABELS, WARM_UP_ROUNDS, assumed, engine_for, fitting, rounds_of, tokens_for, tokens_in
+from ..models import LABELS, assumed, engine_for, fitting, rounds_of, tokens_for, tokens_in
 from ..sizes import ModelCells
 
 BLOCKS = 2  # of plain, speculating, speculating, plain
 KV_BOUND = 0.7  # share of KV in plain decoding from which on S / S_ideal has a bar
 OFF = SpecConfig.off()
 PROFILER_AGREES = 0.02
-ATTENTION_KERNELS = ("split_kernel", "list_kernel", "combine_kernel")
+MAIN_KERNELS, COMBINE_KERNEL = ("split_kernel", "list_kernel"), "combine_kernel"  # one of the first per layer
 
 
 def stage(context: Context) -> Iterator[Row]:
@@ -94,9 +94,9 @@ def _profiled(context: Context, engine: Engine, model: ModelCells) -> Iterator[R
     session = assumed(engine, model.cells[0], 2 * tokens_for(OFF, rounds))
     ours = rounds_of(session, OFF, rounds)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        watched = rounds_of(session, OFF, rounds)
+        rounds_of(session, OFF, rounds)
         context.synchronize()
-    theirs = attention_in(seen.key_averages()) / (len(watched.steps) + WARM_UP_ROUNDS)
+    theirs = attention_in(seen.key_averages(), model.shape.layers)
     mine = median(step.attention_s for step in ours.rounds)
     apart = abs(theirs / mine - 1) if mine else float("inf")
     what = f"{model.name} {model.cells[0]}"
@@ -104,9 +104,14 @@ def _profiled(context: Context, engine: Engine, model: ModelCells) -> Iterator[R
               bar_verdict(-apart, -PROFILER_AGREES), f"within {PROFILER_AGREES:.0%} of our stamps", labels=ours.header.labels)
 
 
-def attention_in(events: Iterable[Any]) -> float:
-    """Seconds that a profiler's averages book under the kernels of tree attention."""
-    return 1e-6 * sum(float(event.self_device_time_total) for event in events if event.key.startswith(ATTENTION_KERNELS))
+def attention_in(events: Iterable[Any], layers: int) -> float:
+    """Seconds per forward that a profiler's averages book under the kernels of tree attention; inf if it saw none.
+
+    Forwards are counted by its own number of launches: rounds that ran ahead and were not read are in it too.
+    """
+    seen = [event for event in events if event.key.startswith((*MAIN_KERNELS, COMBINE_KERNEL))]
+    forwards = sum(event.count for event in seen if event.key.startswith(MAIN_KERNELS)) / layers
+    return 1e-6 * sum(float(event.self_device_time_total) for event in seen) / forwards if forwards else float("inf")
 
 
 def measured(runs: dict[SpecConfig, list[Run]], config: SpecConfig) -> dict[str, float]:
