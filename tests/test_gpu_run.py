@@ -242,6 +242,8 @@ def test_the_table_holds_every_bar_and_a_missed_speed_is_not_red():
     assert table.is_red([[{**rows[0], "verdict": RED}]])
     assert table.is_red([[{"kind": "stage", "what": "x", "values": {"status": FAILED, "seconds": 0.0}}]])
     assert "nothing with a bar" in table.summary({"kernels": rows[1:]}, "file")
+    headline = {"kind": "headline", "what": "8x16384", "values": {"speedup": 1.5}, "reason": "self:4+512/chain4"}
+    assert "headline 8x16384 | speedup 1.5 | self:4+512/chain4" in table.summary({"headline": [headline, *rows[1:]]}, "file")
 
 
 def test_numbers_carry_the_unit_that_their_name_ends_in():

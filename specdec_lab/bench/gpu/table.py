@@ -14,6 +14,7 @@ UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_tok
          "_bytes": (1e6, "MB"), "_mhz": (1.0, "MHz"), "_j": (1.0, "J"), "_w": (1.0, "W")}
 SHOWN = 6  # values of a row on the screen; all of them are in the file
 LONGEST = 60
+TOLD = ("headline",)  # kinds without a bar that the end of a run shows all the same
 
 
 def quantity(name: str, value: Any) -> str:
@@ -41,9 +42,11 @@ def row_words(row: Mapping[str, Any]) -> str:
 
 
 def summary(stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str, labels: Sequence[str] = ()) -> str:
-    """How every stage ended, then every bar with its verdict."""
+    """How every stage ended, what it found without a bar, then every bar with its verdict."""
     lines = [f"rows: {path}" + (f" [{'; '.join(labels)}]" if labels else ""), ""]
     lines += [_stage_line(name, rows) for name, rows in stages.items()]
+    told = [row_words(row) for rows in stages.values() for row in rows if row["kind"] in TOLD]
+    lines += ["", *told] if told else []
     barred = [(name, row) for name, rows in stages.items() for row in rows if row.get("verdict")]
     if not barred:
         return "\n".join([*lines, "", "no bar was reached or missed: nothing with a bar was measured"])
