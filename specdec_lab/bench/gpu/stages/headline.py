@@ -32,7 +32,7 @@ def stage(context: Context) -> Iterator[Row]:
         for length in context.sizes.headline:
             for batch in context.sizes.batches:
                 context.checkpoint(f"{batch}x{length}")
-                for row in _cell(context, engine, Cell(batch, length)):
+                for row in _cell(context, engine, model.name, Cell(batch, length)):
                     if row.kind == "headline":
                         found[Cell(batch, length)] = row
                     yield row
@@ -43,7 +43,7 @@ def stage(context: Context) -> Iterator[Row]:
             context.say(f"written: {path}")
 
 
-def _cell(context: Context, engine: Engine, cell: Cell) -> Iterator[Row]:
+def _cell(context: Context, engine: Engine, name: str, cell: Cell) -> Iterator[Row]:
     config, rounds = context.sizes.config, max(2, context.sizes.rounds // 2)
     fits, note = fitting(context, engine, cell, tokens_for(config, rounds))
     if note is not None or fits is None:
@@ -65,7 +65,7 @@ def _cell(context: Context, engine: Engine, cell: Cell) -> Iterator[Row]:
     tokens = omega(config.depth, context.sizes.alpha)
     ratio = paired_ratio([wall * tokens for wall in walls[OFF]], walls[config])  # of times for the same tokens
     plain = median(walls[OFF])
-    yield Row("headline", f"{engine.pair.target.name} {cell}", {
+    yield Row("headline", f"{name} {cell}", {
         "speedup": 1 / ratio.mean, "low": 1 / ratio.high, "high": 1 / ratio.low, "plain_s": plain,
         "round_s": median(walls[config]), "draft_over_plain": median(drafts) / plain,
         "verify_over_plain": median(verifies) / plain, "tokens_per_round": tokens, "alpha": context.sizes.alpha,
