@@ -29,7 +29,7 @@ from ..small_cases import CASES, one_call, preferred, small_errors
 # What our GPU kernels are held to; the conformance suite, which is for any back end, allows half as much again.
 BARS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 SIZES = ((128, 4), (128, 1), (64, 2))  # head size and group
-CONFORMANCE_SHARE = 0.4  # of the stage's time
+CONFORMANCE_SHARE = 0.3  # of the stage's time
 BYTES_AGREE = 0.03
 MANY = KernelCell(KernelShape.parse("32x4k/8x128g4"), 5)  # fills every multiprocessor
 
