@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import specdec_lab as sd
 import tiny
 from device_world import FakeCuda
+from specdec_kernels.accept.reference import Accepted
+from specdec_kernels.row_lse.reference import RowStats
+from specdec_kernels.sample_rows.reference import Drawn
 from specdec_lab.engine import attention, tree_layout
 from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.engine.clocks import Phase, PhaseClock
@@ -21,7 +24,7 @@ from specdec_lab.engine.device import session as device_session
 from specdec_lab.engine.device.deciding import TorchDeciding
 from specdec_lab.engine.device.forward import Net
 from specdec_lab.engine.device.kernel_deciding import KernelDeciding, RoundKernels
-from specdec_lab.engine.device.ops import ReferenceOps
+from specdec_lab.engine.device.ops import ReferenceOps, TritonOps
 from specdec_lab.engine.device.plan import check_memory, plan
 from specdec_lab.engine.device.program import Program
 from specdec_lab.engine.device.readings import SyncedNow
@@ -237,6 +240,58 @@ def test_a_round_needs_no_value_and_mixes_no_devices(pair, config, law):
     assert phases.count(Phase.DRAFT_LINEAR) == SpecConfig.parse(config).depth
 
 
+def no_kernels():
+    """Kernels that return memory of the right shapes and look at nothing."""
+
+    def drawn(logits, lse, temperature, seed, sequences, positions, *_args, **_more):
+        return Drawn.empty(*positions.shape, device=positions.device)
+
+    def chain(tokens, *_args):
+        return Accepted.empty(*tokens.shape, 1, tokens.device)
+
+    return RoundKernels(
+        rope_append=lambda qkv, positions, slots, cos, sin, kv, *_: qkv.new_empty(
+            *positions.shape, qkv.shape[2] // kv.shape[4] - 2 * kv.shape[2], kv.shape[4]),
+        kv_compact=lambda kv, path, counts, committed: kv,
+        row_lse=lambda logits, temperature, ids=None: RowStats.empty(
+            logits.shape[0], 0 if ids is None else ids.shape[1], logits.device),
+        accept_chain_equal=chain, accept_chain=chain, draw_gumbel=drawn, draw_inverse=drawn,
+        accept_tree_equal=lambda tokens, exists, children, chosen, depth: Accepted.empty(
+            tokens.shape[0], depth, children.shape[1], tokens.device),
+        accept_tree=lambda tokens, children, *more: Accepted.empty(
+            tokens.shape[0], more[-1], children.shape[1], tokens.device),
+        draw_residual=lambda target, *_: Drawn.empty(target.shape[0], device=target.device),
+    )  # fmt: skip
+
+
+class NoKernels(TritonOps):
+    def plan(self, feed, base, kv, heads, window, stamps):
+        assert {feed.words.device, base.device, kv.device} == {torch.device("meta")}
+        assert window is None or window.device.type == "meta"
+        return feed
+
+    def attend(self, q, kv, layer, plan, scale):
+        assert q.shape[1] == plan.num_queries
+        return torch.empty_like(q)
+
+    def stamp(self, table, number, column):
+        pass
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_round_of_kernels_needs_no_value_between_them_and_mixes_no_devices(pair, config, law):
+    attention._chain.cache_clear()
+    tree_layout.layout_of.cache_clear()
+    with torch.inference_mode():
+        stage = stage_of(pair, LAWS[law], place=to_meta, ops=NoKernels(no_kernels()))
+        chosen = stage.deciding
+        stage.deciding = KernelDeciding(
+            chosen.processor, chosen.verifier, chosen.noise, to_meta(torch.zeros(1, dtype=torch.int64)), stage.ops.kernels
+        )
+        play(stage, Program.of(SpecConfig.parse(config), torch.device("meta")))
+
+
 def test_results_are_read_once_per_flight(device, monkeypatch):
     opened_letters, sent = [], []
     original = readings.HostPost.send
@@ -416,3 +471,16 @@ def test_who_cannot_run_on_the_device_is_told_why(pair, device):
     with pytest.raises(UnsupportedConfig, match="up to 8 tokens of a row"):
         opened.steps("self:4+8/3,2")
     assert opened.steps("ngram/3,2"), "which runs on the host"
+
+
+def test_the_stamp_kernel_compiles_for_gpus_that_are_not_here_and_reads_their_timer():
+    pytest.importorskip("triton")
+    from specdec_kernels.contract import compile_kernel
+    from specdec_kernels.stamp import gpu_kernels
+
+    signature = {"table": "*i64", "number": "*i64", "rows": "i32", "row_stride": "i32", "column": "i32"}
+    for sm in (80, 90):
+        unaligned = ("rows", "row_stride", "column", "table")
+        made = compile_kernel(gpu_kernels.stamp_kernel, signature, {}, sm, num_warps=1, unaligned=unaligned, name="stamp")
+        assert not made.faults
+        assert made.registers < 32

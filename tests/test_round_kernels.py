@@ -54,8 +54,9 @@ def test_rope_append_is_the_projection_of_fast_llama_and_the_append_of_its_cache
     theirs.append(0, kv, theirs.write_index(slots))
     qkv = F.linear(F.rms_norm(hidden, (s.hidden,), layer.input_norm, model._eps), layer.qkv, layer.qkv_bias)
     made = rope_append(
-        qkv.view(batch, queries, -1), positions, slots, model._cos, model._sin, ours.kv[0], layer.q_norm, layer.k_norm, model._eps
-    )
+        qkv.view(batch, queries, -1), positions, slots, model._cos, model._sin, ours.kv[0], layer.q_norm, layer.k_norm,
+        model._eps,
+    )  # fmt: skip
     torch.testing.assert_close(made, q, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(ours.kv, theirs.kv, rtol=2e-6, atol=2e-6)
     assert (layer.q_norm is not None) == (family == "qwen3")
@@ -140,12 +141,13 @@ def test_chains_are_accepted_and_continued_token_for_token_as_the_engine_does(te
     counts = torch.arange(BATCH) % (depth + 1)
     proposal = Proposal(tokens, counts, None if point else processor.law(draft))
     expected = verify.decide(proposal, Scores(target), first, processor, "rejection", randoms)
-    p, q = (row_lse(x.flatten(0, 1), temperature, tokens.view(-1, 1)).logprob.view(BATCH, depth) for x in (target[:, :-1], draft))
+    logprobs = [row_lse(x.flatten(0, 1), temperature, tokens.view(-1, 1)).logprob for x in (target[:, :-1], draft)]
+    p, q = (x.view(BATCH, depth) for x in logprobs)
     made = accept.accept_chain(tokens, counts, p, None if point else q, 7, randoms.sequences, first, Purpose.ACCEPT)
     assert torch.equal(made.num_accepted.long(), expected.num_accepted)
     drawn = sample.draw_residual(
-        target, scores[0], None if point else draft, None if point else scores[1], None, temperature, made, 7, randoms.sequences,
-        first, Purpose.RESIDUAL,
+        target, scores[0], None if point else draft, None if point else scores[1], None, temperature, made, 7,
+        randoms.sequences, first, Purpose.RESIDUAL,
     )  # fmt: skip
     row = expected.num_accepted
     assert torch.equal(drawn.tokens, expected.tokens[torch.arange(BATCH), row])
@@ -236,7 +238,8 @@ def test_siblings_drawn_one_at_a_time_are_the_engine_s_children():
 def test_a_filtered_law_goes_through_every_kernel_as_its_logarithm():
     processor, logits = Processor(0.7, top_p=0.9, top_k=6), logits_of(BATCH, 1, 30, seed=12)
     left = processor.law(logits).log()
-    drawn = sample.draw_inverse(left, lse_of(left), 1.0, 7, noise_of(BATCH).sequences, torch.arange(BATCH)[:, None], Purpose.DRAFT)
+    sequences, positions = noise_of(BATCH).sequences, torch.arange(BATCH)[:, None]
+    drawn = sample.draw_inverse(left, lse_of(left), 1.0, 7, sequences, positions, Purpose.DRAFT)
     expected, kept = verify.choose_draft(Scores(logits), torch.arange(BATCH), processor, "rejection", noise_of(BATCH))
     assert torch.equal(drawn.tokens[:, 0], expected)
     torch.testing.assert_close(law(left, lse_of(left), 1.0)[:, 0], kept)
@@ -249,4 +252,6 @@ def test_outputs_that_are_given_are_written_whole():
         field.fill_(77)
     made = accept.accept_chain_equal(tokens, counts, torch.tensor([[1, 2, 3], [5, 5, 5]]), out)
     assert made is out
-    assert (made.path.tolist(), made.ranks.tolist(), made.refused.tolist()) == ([[1, 2], [0, 0]], [[1, 1], [0, 0]], [[-1], [-1]])
+    assert made.path.tolist() == [[1, 2], [0, 0]]
+    assert made.ranks.tolist() == [[1, 1], [0, 0]]
+    assert made.refused.tolist() == [[-1], [-1]]

@@ -72,7 +72,7 @@ def same(made, expected, tolerance=0.0):
     for field in dataclasses.fields(expected):
         ours, theirs = getattr(made, field.name), getattr(expected, field.name)
         if theirs.dtype.is_floating_point:
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, f=field: f"{f.name}: {m}")
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
         else:
             assert torch.equal(ours, theirs), field.name
 
@@ -90,7 +90,8 @@ def test_words_are_the_published_ones(counter, seed, words):
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 @pytest.mark.parametrize("count", [1, 100, 2049])
 def test_noise_is_the_reference_s(count, kind):
-    sequences, positions = torch.tensor([3, -1, 2**31 - 1], dtype=kind), torch.tensor([[0, 5], [7, 2**31 - 1], [1, 2]], dtype=kind)
+    sequences = torch.tensor([3, -1, 2**31 - 1], dtype=kind)
+    positions = torch.tensor([[0, 5], [7, 2**31 - 1], [1, 2]], dtype=kind)
     for seed in (0, 2**63 + 5, torch.tensor([-(2**40)])):
         guarded = Guarded()
         out = guarded.like(torch.empty(3, 2, count, dtype=torch.int64))
@@ -163,7 +164,9 @@ def test_a_row_without_any_chance_has_lse_minus_infinity_and_nan_shows():
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("batch", "queries", "heads", "kv_heads", "dim"), [(1, 1, 4, 1, 16), (3, 5, 6, 2, 80), (2, 3, 3, 3, 128)])
+@pytest.mark.parametrize(
+    ("batch", "queries", "heads", "kv_heads", "dim"), [(1, 1, 4, 1, 16), (3, 5, 6, 2, 80), (2, 3, 3, 3, 128)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rope_append_is_the_reference_s(batch, queries, heads, kv_heads, dim, dtype, normed):
     size, table = 11, 40
@@ -176,7 +179,8 @@ def test_rope_append_is_the_reference_s(batch, queries, heads, kv_heads, dim, dt
         positions[0, 1] = table  # outside the table
     weights = [random(dim, seed=s, dtype=dtype) for s in (4, 5)] if normed else [None, None]
     guarded = Guarded()
-    ours, out = guarded.like(torch.empty(2, batch, kv_heads, size, dim, dtype=dtype)), guarded.like(qkv.view(batch, queries, -1, dim)[:, :, :heads])
+    ours = guarded.like(torch.empty(2, batch, kv_heads, size, dim, dtype=dtype))
+    out = guarded.like(qkv.view(batch, queries, -1, dim)[:, :, :heads])
     ours.fill_(torch.nan)  # unused slots stay as they are
     theirs = ours.clone()
     rest = (angles.cos(), angles.sin())
@@ -198,7 +202,8 @@ def test_compaction_is_the_reference_s(longest, dtype):
     counts, committed = integers(batch, seed=1, high=longest + 1), torch.tensor([0, 7, 20, 23, 60], dtype=torch.int32)
     counts[2] = longest
     guarded = Guarded()
-    ours = guarded.like(torch.empty(3, 2, batch, 3, size, 24, dtype=dtype)).copy_(random(3, 2, batch, 3, size, 24, seed=2, dtype=dtype))
+    ours = guarded.like(torch.empty(3, 2, batch, 3, size, 24, dtype=dtype))
+    ours.copy_(random(3, 2, batch, 3, size, 24, seed=2))
     ours[:, :, 4, :, 61:] = torch.nan
     theirs = ours.clone()
     compact.kv_compact(ours, path, counts, committed)
@@ -223,7 +228,8 @@ def test_chains_are_accepted_and_continued_as_the_reference_does(batch, drafted,
     target, draft, lse, tokens, first, sequences = chain(batch, drafted, vocabulary, 5)
     counts = torch.arange(batch) % (drafted + 1)
     counts[0] = drafted
-    p, q = (stats_reference.row_lse(x.flatten(0, 1), 0.5, tokens.view(-1, 1)).logprob.view(batch, drafted) for x in (target[:, :-1], draft))
+    logits = [x.flatten(0, 1) for x in (target[:, :-1], draft)]
+    p, q = (stats_reference.row_lse(x, 0.5, tokens.view(-1, 1)).logprob.view(batch, drafted) for x in logits)
     guarded = Guarded()
     args = (tokens, counts, p, None if point else q, 3, sequences, first, 1)
     made = accept.accept_chain(*args, guarded.fields(Accepted.empty(batch, drafted, 1, CPU)))
@@ -268,8 +274,9 @@ def tree(name, batch, vocabulary, seed, spread=2.0, away=0.8):
     for row, v in enumerate(parents):
         drawn = torch.zeros(batch, 1, 0, dtype=torch.int64)
         for lane, child in enumerate(c for c in TREES[name][v] if c > 0):
+            at = slice(row, row + 1)
             made = sample_reference.draw_inverse(
-                draft[:, row : row + 1], lse[1][:, row : row + 1], 0.5, seed, sequences, first[:, None] + depths[v], 0, lane, drawn
+                draft[:, at], lse[1][:, at], 0.5, seed, sequences, first[:, None] + depths[v], 0, lane, drawn
             )
             drawn = torch.cat([drawn, made.tokens[..., None]], -1)
             tokens[:, child - 1] = made.tokens[:, 0]
@@ -281,7 +288,8 @@ def tree(name, batch, vocabulary, seed, spread=2.0, away=0.8):
 def test_trees_are_accepted_and_continued_as_the_reference_does(name, batch, vocabulary):
     refusals = 0
     for seed, (spread, away) in enumerate(((1.0, 0.8), (0.5, 2.0), (20.0, 20.0))):  # the last one's support is soon used up
-        children, law_row, target, draft, lse, tokens, first, sequences, depth = tree(name, batch, vocabulary, seed, spread, away)
+        made = tree(name, batch, vocabulary, seed, spread, away)
+        children, law_row, target, draft, lse, tokens, first, sequences, depth = made
         guarded = Guarded()
         laws = (target, lse[0], draft, lse[1])
         args = (tokens, children, law_row, *laws, 0.5, seed, sequences, first, 1, depth)
@@ -363,5 +371,8 @@ def test_what_would_touch_the_wrong_memory_is_refused_with_the_value():
         stats.row_lse(torch.zeros(2, 5), 1.0, None, RowStats.empty(3, 0, CPU))
     with pytest.raises(ValueError, match="counts must be"):
         accept.accept_chain_equal(one, one, torch.zeros(2, 2, dtype=torch.int64))
+    laws = (torch.zeros(2, 2, 5), torch.zeros(2, 2), torch.zeros(2, 1, 5), None, None, 1.0)
+    with pytest.raises(ValueError, match="log-sum-exps, or neither"):
+        sample.draw_residual(*laws, Accepted.empty(2, 1, 1, CPU), 0, one[:, 0], one[:, 0], 2)
     with pytest.raises(ValueError, match="int64"):
         noise.words(torch.zeros(1), one[:, 0], one, 0, 4)

@@ -23,8 +23,9 @@ class CacheTooLarge(MemoryError):
 
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch keeps for later is free to us too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -1,8 +1,8 @@
-"""Acceptance on GPUs through Triton; meaning and arguments as in reference.py. One launch each, no sync; with `out` no allocation.
+"""Acceptance on GPUs through Triton; meaning and arguments as in reference.py. One launch each; with `out` no allocation.
 
-A tree of drawn children costs its program 1 pass over two rows of logits per refused child, nothing per accepted one; one program walks one
-sequence, so a batch of one keeps one multiprocessor busy. exp is the device's float32, so a test whose two sides agree to some
-float32 ulp may go the other way than on a CPU; never on laws whose probabilities are exact.
+A tree of drawn children costs its program one pass over two rows of logits per refused child, nothing per accepted one. One
+program walks one sequence, so a batch of one keeps one multiprocessor busy. exp is the device's float32, so a test whose two
+sides agree to some float32 ulp may go the other way than on a CPU; never on laws whose probabilities are exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..noise.gpu import check_out, check_places, seed_tensor
 from ..row_lse.gpu import INTEGERS, block_of, check_logits
 from .reference import Accepted
 
-BLOCK = 4096  # tokens of both laws that a tree's program reads at once
+BLOCK = 2048  # tokens of both laws that a tree's program reads at once: with twice as many it spills
 TOKENS_PER_THREAD = 8
 
 
@@ -98,14 +98,19 @@ def accept_tree(
     check_laws(draft, draft_lse, temperature, (batch, draft.shape[1], vocabulary), "draft")
     if law_row.shape != (drafted + 1,) or not law_row.is_contiguous():
         raise ValueError(f"law_row must have {drafted + 1} entries, one per node, got {list(law_row.shape)}")
-    block = block_of(vocabulary, BLOCK)
     tree_kernel[(batch,)](
         tokens, children, law_row, target, target_lse, draft, draft_lse, 1.0 / temperature, seed_tensor(seed, tokens.device),
         sequences, first_positions, purpose, *_fields(out), tokens.stride(0), *target.stride()[:2], *draft.stride()[:2],
         NODES=drafted + 1, LAWS=draft.shape[1], DEPTH=depth, K=most, BLOCK_A=_power(depth), BLOCK_K=_power(most), V=vocabulary,
-        BLOCK=block, num_warps=max(1, block // (32 * TOKENS_PER_THREAD)),
+        **tree_tile(vocabulary),
     )  # fmt: skip
     return out
+
+
+def tree_tile(vocabulary: int) -> dict[str, int]:
+    """Tokens that a tree's program reads at once, and its warps."""
+    block = block_of(vocabulary, BLOCK)
+    return {"BLOCK": block, "num_warps": max(1, block // (32 * TOKENS_PER_THREAD))}
 
 
 def check_laws(logits: Tensor, lse: Tensor, temperature: float, shape: tuple[int, int, int], name: str) -> None:
@@ -113,8 +118,8 @@ def check_laws(logits: Tensor, lse: Tensor, temperature: float, shape: tuple[int
     check_logits(logits, temperature)
     if tuple(logits.shape) != shape or tuple(lse.shape) != shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ValueError(
-            f"{name} must be logits {list(shape)} with contiguous float32 log-sum-exps {list(shape[:2])}, got {list(logits.shape)} "
-            f"and {lse.dtype} {list(lse.shape)}"
+            f"{name} must be logits {list(shape)} with contiguous float32 log-sum-exps {list(shape[:2])}, got "
+            f"{list(logits.shape)} and {lse.dtype} {list(lse.shape)}"
         )
 
 
@@ -146,7 +151,8 @@ def _check_rows(named: tuple[tuple[str, Tensor, int], ...], counts: Tensor | Non
     batch = named[0][1].shape[0]
     for name, tensor, width in named:
         if tuple(tensor.shape) != (batch, width) or tensor.dtype not in INTEGERS or (width > 1 and tensor.stride(1) != 1):
-            raise ValueError(f"{name} must be int32 or int64 [{batch}, {width}] without gaps, got {tensor.dtype} {list(tensor.shape)}")
+            got = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+            raise ValueError(f"{name} must be int32 or int64 [{batch}, {width}] without gaps, got {got}")
     if counts is not None and (counts.shape != (batch,) or counts.dtype not in INTEGERS):
         raise ValueError(f"counts must be int32 or int64 [{batch}], got {counts.dtype} {list(counts.shape)}")
 

@@ -1,8 +1,8 @@
 """The Triton kernels that accept; gpu.py launches them.
 
-One program per sequence. Chains and equal tokens take a few loads. A tree of drawn children is walked by its program, which streams both
-laws of the current node once per refused child: the mass of what is left, and that of D for the next child, come from one pass.
-Laws of earlier refusals are made again from a few numbers per refusal, so nothing of the vocabulary's size is written.
+One program per sequence. Chains and equal tokens take a few loads. A tree of drawn children is walked by its program, which
+streams both laws of the current node once per refused child: the mass of what is left, and that of D for the next child, come
+from one pass. Laws of earlier refusals are made again from a few numbers each, so nothing of the vocabulary's size is written.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -56,7 +56,7 @@ def _write_refusals(
     tl.store(rest_mass + b * K + order, tl.where(order < count, rest, 1.0), mask=order < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "tokens_batch", "chosen_batch", "logprob_batch", "draft_batch"])
 def chain_kernel(
     tokens, counts, chosen, target_logprob, draft_logprob, seed, sequences, first_positions, purpose, num_accepted, path, ranks,
     row, num_refused, refused, offered_mass, rest_mass, tokens_batch, chosen_batch, logprob_batch, draft_batch, N: tl.constexpr,
@@ -88,11 +88,11 @@ def chain_kernel(
     _write_refusals(num_refused, refused, offered_mass, rest_mass, b, was_refused, stops, ones, ones, K, BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_batch", "exists_batch", "chosen_batch"])
 def tree_equal_kernel(
     tokens, exists, children, chosen, num_accepted, path, ranks, row, num_refused, refused, offered_mass, rest_mass,
-    tokens_batch, exists_batch, chosen_batch, DEPTH: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALL: tl.constexpr,
+    tokens_batch, exists_batch, chosen_batch, DEPTH: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences). ALL: every row drafted every node."""
     b = tl.program_id(0).to(tl.int64)
@@ -124,8 +124,8 @@ def tree_equal_kernel(
 
 @triton.jit
 def _refusal_masses(
-    p_at, p_lse, q_at, q_lse, inverse, token, count, refused, offered_mass, rest_mass, mass, V: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    p_at, p_lse, q_at, q_lse, inverse, token, count, refused, offered_mass, rest_mass, mass, V: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over the vocabulary of max(R - D, 0), and of D, unnormalised, without `token`; D is divided by `mass`."""
     lanes = tl.arange(0, BLOCK)
@@ -141,12 +141,12 @@ def _refusal_masses(
     return tl.sum(rest, 0), tl.sum(kept, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "tokens_batch"])
 def tree_kernel(
     tokens, children, law_row, target, target_lse, draft, draft_lse, inverse, seed, sequences, first_positions, purpose,
     num_accepted, path, ranks, row, num_refused, refused, offered_mass, rest_mass, tokens_batch, target_batch, target_node,
-    draft_batch, draft_row, NODES: tl.constexpr, LAWS: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    draft_batch, draft_row, NODES: tl.constexpr, LAWS: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences): one child is tested per turn of the loop."""
     b = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""kv_compact on GPUs through Triton; meaning and arguments as in reference.py. One launch for all layers, no sync, no allocation."""
+"""kv_compact on GPUs through Triton; meaning and arguments as in reference.py. One launch for all layers, no allocation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _check(kv: Tensor, path: Tensor, counts: Tensor, committed: Tensor) -> None:
     batch = kv.shape[2]
     if kv.dim() != 6 or kv.shape[1] != 2 or kv.stride(5) != 1:
         raise ValueError(f"kv is [L, 2, B, Hkv, S, D] with D contiguous, got {list(kv.shape)} with strides {kv.stride()}")
-    if path.dim() != 2 or path.shape[0] != batch or counts.shape != (batch,) or committed.shape != (batch,) or path.stride(1) != 1:
+    fit = path.dim() == 2 and path.shape[0] == batch and counts.shape == committed.shape == (batch,)
+    if not fit or path.stride(1) != 1:
         raise ValueError(
             f"path [B, A], counts [B] and committed [B] do not fit {batch} rows: {list(path.shape)}, {list(counts.shape)}, "
             f"{list(committed.shape)}"

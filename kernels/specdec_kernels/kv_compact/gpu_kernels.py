@@ -1,7 +1,7 @@
 """The Triton kernel of kv_compact; gpu.py launches it.
 
-A program owns some KV heads of one layer's keys or values of one sequence. A block of sources is read whole before any of its places
-is written; a later block's sources lie behind an earlier block's places, so blocks may follow each other.
+A program owns some KV heads of one layer's keys or values of one sequence. A block of sources is read whole before any of its
+places is written; a later block's sources lie behind an earlier block's places, so blocks may follow each other.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "path_batch"])
 def compact_kernel(
     kv, path, counts, committed, size, path_batch, kv_layer, kv_two, kv_batch, kv_head, kv_slot, HEADS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, LONGEST: tl.constexpr,
@@ -22,7 +22,7 @@ def compact_kernel(
     if count > 0:
         root = tl.load(committed + b).to(tl.int64)
         rows = tl.arange(0, BLOCK_A * BLOCK_H)
-        head = tl.program_id(1) * BLOCK_H + rows // BLOCK_A
+        head = (tl.program_id(1) * BLOCK_H + rows // BLOCK_A).to(tl.int64)
         column = tl.arange(0, BLOCK_D)[None, :]
         half = tl.program_id(0).to(tl.int64)
         base = kv + half // 2 * kv_layer + half % 2 * kv_two + b * kv_batch + (head * kv_head)[:, None] + column

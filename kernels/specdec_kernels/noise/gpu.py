@@ -1,7 +1,8 @@
 """The noise on GPUs through Triton; meaning and arguments as in reference.py. No host sync; with `out` given no allocation.
 
-Words and uniforms are the reference's bit for bit. Gumbel noise is float64 through the device's logarithm: within 2 ulp of max(1, |g|).
-`seed` as int64 [1] on the device is read at every launch; as an int it is copied there, which a CUDA graph cannot hold.
+Words and uniforms are the reference's bit for bit. Gumbel noise g is float64 through the device's logarithm: the reference's
+within 2 ulp of max(1, |g|). `seed` as int64 [1] on the device is read at every launch; as an int it is copied there, which a
+CUDA graph cannot hold.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def check_places(sequences: Tensor, positions: Tensor) -> None:
         if tensor.dtype not in (torch.int32, torch.int64) or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous int32 or int64, got {tensor.dtype} with strides {tensor.stride()}")
     if sequences.shape != positions.shape[:1]:
-        raise ValueError(f"noise takes sequences [B] and positions [B, ...], got {list(sequences.shape)}, {list(positions.shape)}")
+        raise ValueError(f"sequences must be [B], positions [B, ...], got {list(sequences.shape)} and {list(positions.shape)}")
 
 
 def check_out(out: Tensor, shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], name: str = "out") -> None:
@@ -64,8 +65,9 @@ def _fill(
     check_out(out, (*positions.shape, count), (dtype,))
     block = min(WORDS_AT_ONCE, max(4, 1 << (count - 1).bit_length()))
     words_kernel[(positions.numel(), -(-count // block))](
-        seed_tensor(seed, positions.device), sequences, positions, purpose, out, positions.shape[1], count, KIND=kind, BLOCK=block
-    )
+        seed_tensor(seed, positions.device), sequences, positions, purpose, out, positions.shape[1], count, KIND=kind,
+        BLOCK=block,
+    )  # fmt: skip
     return out
 
 

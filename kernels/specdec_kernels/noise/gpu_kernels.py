@@ -38,7 +38,7 @@ def gumbel(word):
 
 @triton.jit
 def quick_gumbel(word):
-    """The same in float32, within SLACK. Close to u = 1, -log u is a series in 1 - u, whose digits a float32 u does not have."""
+    """The same in float32, within SLACK. Close to u = 1, -log u is a series in 1 - u, which float32 has with all digits."""
     rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * TWO_TO_MINUS_32  # 1 - u
     series = rest * (1.0 + rest * (0.5 + rest * (1.0 / 3.0)))
     u = (word.to(tl.float32) + 0.5) * TWO_TO_MINUS_32
@@ -51,7 +51,7 @@ def key(seed):
     return tl.load(seed).to(tl.uint64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "queries"])
 def words_kernel(seed, sequences, positions, purpose, out, queries, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (rows, blocks): words (KIND 0) or Gumbel noise (1) of every position."""
     row = tl.program_id(0)
@@ -63,7 +63,7 @@ def words_kernel(seed, sequences, positions, purpose, out, queries, count, KIND:
     tl.store(out + row.to(tl.int64) * count + ids, made, mask=ids < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "each", "numel"])
 def uniform_kernel(seed, sequences, positions, lanes, purpose, out, each, numel, BLOCK: tl.constexpr):
     """Grid (blocks): one uniform per position; `each` positions per sequence."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -98,7 +98,7 @@ def noisy_argmax(at, inverse, seed, sequence, position, purpose, V: tl.constexpr
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "queries"])
 def argmax_kernel(
     law, seed, sequences, positions, purpose, tokens, queries, law_batch, law_query, V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -45,15 +45,20 @@ def _check(
     batch, kv_heads, dim = kv.shape[1], kv.shape[2], kv.shape[4]
     heads = out.shape[2]
     if kv.shape[0] != 2 or dim % 2 or tuple(qkv.shape) != (*positions.shape, (heads + 2 * kv_heads) * dim) or heads < 1:
-        raise ValueError(f"qkv {list(qkv.shape)} does not hold {kv_heads} KV heads of {dim} and some queries of {list(positions.shape)}")
+        raise ValueError(
+            f"qkv {list(qkv.shape)} does not hold {kv_heads} KV heads of {dim} and some query heads of tokens "
+            f"{list(positions.shape)}"
+        )
     if positions.shape[0] != batch or slots.shape != positions.shape or tuple(out.shape) != (*positions.shape, heads, dim):
         raise ValueError(
-            f"positions {list(positions.shape)}, slots {list(slots.shape)}, out {list(out.shape)} and KV of {batch} rows do not fit"
+            f"positions {list(positions.shape)}, slots {list(slots.shape)}, out {list(out.shape)} do not fit KV of {batch} rows"
         )
     if any(t.stride(-1) != 1 for t in (qkv, kv, out, positions, slots)) or not (cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError("rope_append takes tensors whose last dimension is contiguous, and contiguous tables")
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.shape != sin.shape or cos.shape[1] != dim // 2:
-        raise ValueError(f"cos and sin are float32 [P, {dim // 2}], got {cos.dtype} {list(cos.shape)}, {sin.dtype} {list(sin.shape)}")
+        raise ValueError(
+            f"cos and sin are float32 [P, {dim // 2}], got {cos.dtype} {list(cos.shape)}, {sin.dtype} {list(sin.shape)}"
+        )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_append takes weights of both norms or of neither")
     for weight in (q_norm, k_norm):

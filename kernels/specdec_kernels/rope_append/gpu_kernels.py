@@ -1,6 +1,7 @@
 """The Triton kernel of rope_append; gpu.py launches it.
 
-A program owns one token and some of its heads: queries, keys and values alike are two halves of D/2, of which values are not turned.
+A program owns one token and some of its heads. Heads of queries, keys and values alike are two halves of D/2; values are not
+turned.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "table", "size", "pos_batch", "slot_batch"])
 def rope_kernel(
     qkv, positions, slots, cos, sin, kv, q_norm, k_norm, out, eps, queries, table, size, qkv_batch, qkv_query, pos_batch,
     slot_batch, kv_two, kv_batch, kv_head, kv_slot, out_batch, out_query, out_head, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -43,7 +44,7 @@ def rope_kernel(
     tl.store(q_at + HALF, turned_second, mask=inside & is_query)
     slot = tl.load(slots + b * slot_batch + t).to(tl.int64)
     written = inside & (head >= HEADS) & (slot >= 0) & (slot < size)
-    kv_row = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
+    kv_row = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS).to(tl.int64)
     kv_at = kv + tl.where(is_value, kv_two, kv_two * 0) + b * kv_batch + kv_row * kv_head + slot * kv_slot + column
     tl.store(kv_at, turned_first, mask=written)
     tl.store(kv_at + HALF, turned_second, mask=written)

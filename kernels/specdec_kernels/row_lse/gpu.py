@@ -1,4 +1,4 @@
-"""row_lse on GPUs through Triton; meaning and arguments as in reference.py. One launch, no sync; with `out` given no allocation.
+"""row_lse on GPUs through Triton; meaning and arguments as in reference.py. One launch, no sync; with `out` no allocation.
 
 logits / temperature is a product with the reciprocal, as torch's is on a GPU: within one float32 ulp of the quotient.
 """
@@ -34,8 +34,8 @@ def row_lse(logits: Tensor, temperature: float, ids: Tensor | None = None, out: 
     block = block_of(vocabulary)
     stats_kernel[(rows,)](
         logits, ids, out.lse, out.best, out.best_value, out.logprob, 1.0 / temperature, logits.stride(0),
-        0 if ids is None else ids.stride(0), ASKED=asked, BLOCK_K=1 << (max(asked, 1) - 1).bit_length(), V=vocabulary, BLOCK=block,
-        num_warps=warps_of(block),
+        0 if ids is None else ids.stride(0), ASKED=asked, BLOCK_K=1 << (max(asked, 1) - 1).bit_length(), V=vocabulary,
+        BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return out
 
@@ -58,4 +58,4 @@ def check_logits(logits: Tensor, temperature: float) -> None:
             f"{logits.stride()}"
         )
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; greedy decoding takes the arg-max with temperature 1")
+        raise ValueError(f"temperature must be above 0, got {temperature}. Greedy decoding: take `best` with temperature 1")

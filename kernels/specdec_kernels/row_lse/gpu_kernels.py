@@ -1,8 +1,8 @@
 """The Triton kernel of row_lse, and how every kernel of a round reads logits; gpu.py launches it.
 
-A program owns a row and reads it once. Each lane keeps its own highest score, where it was and the sum of weights, so nothing is
-reduced before the end: with d = x - m and e = exp(-|d|), one exponential a token, sum = sum * e + 1 where x is a new highest, else
-sum + e.
+A program owns a row and reads it once. Each lane keeps its own highest score, where it was and its sum of weights, so nothing
+is reduced before the end. One exponential a token: with d = x - m and e = exp(-|d|), the sum becomes sum * e + 1 where x is the
+new highest, else sum + e.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -20,7 +20,7 @@ def scaled(at, mask, inverse):
     return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32) * inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ids_row"])
 def stats_kernel(
     logits, ids, lse, best, best_value, logprob, inverse, logits_row, ids_row, ASKED: tl.constexpr, BLOCK_K: tl.constexpr,
     V: tl.constexpr, BLOCK: tl.constexpr,

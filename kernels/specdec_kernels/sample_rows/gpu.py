@@ -1,8 +1,8 @@
 """Draws on GPUs through Triton; meaning and arguments as in reference.py. One launch each, no sync; with `out` no allocation.
 
-**Gumbel.** The noise has 32 bits and the scores are compared as float64 logits / temperature + noise, as on a CPU. A float32 glance skips
-blocks that cannot hold the best, so float64 logarithms cost a few blocks of a row. A CPU compares logarithms of a float32 law instead:
-a token may differ where the two best scores agree to about 3e-7, some 3 in 10 million draws.
+**Gumbel.** Scores are compared as logits / temperature + noise in float64. A float32 glance skips blocks that cannot hold the
+best, so float64 logarithms are paid for a few blocks of a row. The engine on a CPU compares logarithms of a float32 law, so a
+token may differ where the two best scores agree to some float32 ulp of the law, about 3e-7: as rare as that.
 **Inverse distribution.** See reference.py: weights differ from a CPU's by some float32 ulp.
 One program draws one row, so few rows leave most multiprocessors idle.
 """
@@ -32,8 +32,9 @@ def draw_gumbel(
     out = _check(logits, lse, temperature, sequences, positions, out)
     vocabulary = logits.shape[2]
     gumbel_kernel[(positions.numel(),)](
-        logits, lse, 1.0 / temperature, seed_tensor(seed, logits.device), sequences, positions, purpose, out.tokens, out.logprob,
-        positions.shape[1], *logits.stride()[:2], V=vocabulary, BLOCK=noisy_block(vocabulary), num_warps=noisy_warps(vocabulary),
+        logits, lse, 1.0 / temperature, seed_tensor(seed, logits.device), sequences, positions, purpose, out.tokens,
+        out.logprob, positions.shape[1], *logits.stride()[:2], V=vocabulary, BLOCK=noisy_block(vocabulary),
+        num_warps=noisy_warps(vocabulary),
     )  # fmt: skip
     return out
 
@@ -47,12 +48,14 @@ def draw_inverse(
 
     out = _check(logits, lse, temperature, sequences, positions, out)
     gone = 0 if removed is None else removed.shape[2]
-    if removed is not None and (removed.shape[:2] != positions.shape or removed.dtype not in INTEGERS or removed.stride(2) != 1):
-        raise ValueError(f"removed must be int32 or int64 [{positions.shape[0]}, {positions.shape[1]}, K], got {list(removed.shape)}")
+    fits = removed is None or (removed.shape[:2] == positions.shape and (gone < 2 or removed.stride(2) == 1))
+    if removed is not None and (not fits or removed.dtype not in INTEGERS):
+        raise ValueError(f"removed must be int32 or int64 [B, T, K], got {removed.dtype} {list(removed.shape)}")
+    strides = (0, 0) if removed is None else removed.stride()[:2]
     inverse_kernel[(positions.numel(),)](
-        logits, lse, 1.0 / temperature, seed_tensor(seed, logits.device), sequences, positions, purpose, lane, removed if gone else
-        positions, out.tokens, out.logprob, positions.shape[1], *logits.stride()[:2],
-        *(removed.stride()[:2] if removed is not None else (0, 0)), K=gone, V=logits.shape[2], **_tile(logits.shape[2]),
+        logits, lse, 1.0 / temperature, seed_tensor(seed, logits.device), sequences, positions, purpose, lane, removed,
+        out.tokens, out.logprob, positions.shape[1], *logits.stride()[:2], *strides, K=gone, V=logits.shape[2],
+        **tile(logits.shape[2]),
     )  # fmt: skip
     return out
 
@@ -67,9 +70,10 @@ def draw_residual(
 
     batch, nodes, vocabulary = target.shape
     check_laws(target, target_lse, temperature, (batch, nodes, vocabulary), "target")
-    laws = 0
+    laws = 0 if draft is None else draft.shape[1]
+    if (draft is None) != (draft_lse is None):
+        raise ValueError("draw_residual takes draft logits with their log-sum-exps, or neither: drafts were point masses then")
     if draft is not None and draft_lse is not None:
-        laws = draft.shape[1]
         check_laws(draft, draft_lse, temperature, (batch, laws, vocabulary), "draft")
     if law_row is not None and (law_row.shape != (nodes,) or not law_row.is_contiguous()):
         raise ValueError(f"law_row must have {nodes} entries, one per node, got {list(law_row.shape)}")
@@ -82,12 +86,12 @@ def draw_residual(
         accepted.num_refused, accepted.refused, accepted.offered_mass, accepted.rest_mass, seed_tensor(seed, target.device),
         sequences, first_positions, purpose, out.tokens, out.logprob, *target.stride()[:2],
         *(draft.stride()[:2] if draft is not None else (0, 0)), NODES=nodes, LAWS=laws, K=most,
-        BLOCK_K=1 << (most - 1).bit_length(), TABLED=law_row is not None, POINT=laws == 0, V=vocabulary, **_tile(vocabulary),
+        BLOCK_K=1 << (most - 1).bit_length(), TABLED=law_row is not None, POINT=laws == 0, V=vocabulary, **tile(vocabulary),
     )  # fmt: skip
     return out
 
 
-def _tile(vocabulary: int) -> dict[str, int]:
+def tile(vocabulary: int) -> dict[str, int]:
     """Block, how many of them (to a power of two), and warps."""
     block = block_of(vocabulary, BLOCK)
     blocks = -(-vocabulary // block)
@@ -100,7 +104,7 @@ def _check(
     logits: Tensor, lse: Tensor, temperature: float, sequences: Tensor, positions: Tensor, out: Drawn | None
 ) -> Drawn:  # fmt: skip
     check_places(sequences, positions)
-    check_laws(logits, lse, temperature, (*positions.shape, logits.shape[2]), "logits")  # type: ignore[arg-type]
+    check_laws(logits, lse, temperature, (positions.shape[0], positions.shape[1], logits.shape[2]), "logits")
     out = Drawn.empty(*positions.shape, device=logits.device) if out is None else out
     _check_drawn(out, tuple(positions.shape))
     return out

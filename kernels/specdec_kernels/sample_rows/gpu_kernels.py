@@ -1,7 +1,7 @@
 """The Triton kernels that draw tokens from rows of logits; gpu.py launches them.
 
-One program per row. A draw by inverse distribution reads the row once: the weight of every block of it stays in registers, whose cumulative
-sums name the block in which the token lies; only that block is read again.
+One program per row. A draw by inverse distribution reads the row once: the weights of its blocks stay in registers, and their
+cumulative sums name the block in which the token lies; only that block is read again.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -37,11 +37,10 @@ def _token_beyond(weights, ids, before, target):
     """The first token of a block where cumulative weight passes the target; at the latest its last one with any weight."""
     beyond = before + tl.cumsum(weights, 0) > target
     last = tl.max(tl.where(weights > 0, ids, -1), 0)
-    first = tl.min(tl.where(beyond, ids, last), 0)
-    return first
+    return tl.min(tl.where(beyond, ids, last), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "queries"])
 def gumbel_kernel(
     logits, lse, inverse, seed, sequences, positions, purpose, tokens, logprob, queries, logits_batch, logits_query,
     V: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,17 +61,19 @@ def _left_in_law(at, lse, ids, removed, inverse, V: tl.constexpr, K: tl.constexp
     return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose", "queries", "lane", "removed_batch", "removed_query"])
 def inverse_kernel(
-    logits, lse, inverse, seed, sequences, positions, purpose, lane, removed, tokens, logprob, queries, logits_batch, logits_query,
-    removed_batch, removed_query, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    logits, lse, inverse, seed, sequences, positions, purpose, lane, removed, tokens, logprob, queries, logits_batch,
+    logits_query, removed_batch, removed_query, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0)
     b = row // queries
     t = (row % queries).to(tl.int64)
     at = logits + b.to(tl.int64) * logits_batch + t * logits_query
-    gone = removed + b.to(tl.int64) * removed_batch + t * removed_query
+    gone = at  # not read where K is 0
+    if K > 0:
+        gone = removed + b.to(tl.int64) * removed_batch + t * removed_query
     row_lse = tl.load(lse + row)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCKS,), tl.float64)
@@ -108,7 +109,7 @@ def _left_of_target(
     return left, p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose"])
 def residual_kernel(
     target, target_lse, draft, draft_lse, law_row, inverse, rows, num_accepted, num_refused, refused, offered_mass, rest_mass,
     seed, sequences, first_positions, purpose, tokens, logprob, target_batch, target_node, draft_batch, draft_row,

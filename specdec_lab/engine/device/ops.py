@@ -165,12 +165,17 @@ class TritonOps(ReferenceOps):
         """See Ops.compact."""
         self.kernels.kv_compact(kv, path, counts, base)
 
+    @staticmethod
+    def has_timer(tensor: Tensor) -> bool:
+        """Whether kernels over this tensor can read the time: not in the interpreter."""
+        return tensor.device.type == "cuda"
+
     def plan(self, feed: Feed, base: Tensor, kv: Tensor, heads: int, window: Tensor | None, stamps: Tensor | None) -> Any:
         """See Ops.plan. One launch; the workspace is for the longest rows that the cache can hold."""
         chunk = gpu_attention.default_chunk(window is not None)
         slots, kv_heads = kv.shape[4], kv.shape[3]
         floats = gpu_attention.workspace_floats(base.shape[0], heads, feed.num_queries, kv.shape[5], slots, chunk)
-        timed = stamps if base.device.type == "cuda" else None  # the interpreter has no timer
+        timed = stamps if self.has_timer(base) else None
         work = gpu_work_list.work_list(
             base, feed.depths, feed.nodes, kv_heads=kv_heads, chunk=chunk, window=window, longest=slots, stamps=timed
         )
@@ -188,7 +193,7 @@ class TritonOps(ReferenceOps):
 
     def stamp(self, table: Tensor, number: Tensor, column: int) -> None:
         """See Ops.stamp."""
-        if table.device.type == "cuda":
+        if self.has_timer(table):
             gpu_stamp.stamp(table, number, column)
         else:
             super().stamp(table, number, column)
