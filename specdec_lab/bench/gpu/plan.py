@@ -36,7 +36,7 @@ STAGES = (
     Stage("correctness", 135, "kernels against float64, bits, offsets, memory checker, counted bytes"),
     Stage("kernels", 80, "attention kernels beside torch's and others, against their bars"),
     Stage("rounds", 90, "plain, draft, verify and round times of model shapes, share of the physical limit"),
-    Stage("headline", 75, "speed-up against batch at several lengths, forced acceptance"),
+    Stage("headline", 75, "speed-up against batch at several lengths, acceptance set"),
     Stage("exposed", 25, "KV load that is exposed, and the cost of context"),
     Stage("overhead", 30, "what the instrumentation costs, in turns"),
     Stage("tune", 35, "a short tuning run and its policy", ("optuna",)),
