@@ -142,6 +142,11 @@ class ModelDrafter:
         self.network.cache.compact(paths, fed)
         self._known = [known + more for known, more in zip(self._known, fed, strict=True)]
 
+    def fill_noise(self, lengths: Sequence[int], seed: int) -> None:
+        """Random KV up to these lengths, in place of text that was read."""
+        self.network.cache.fill_noise(lengths, seed)
+        self._known = list(lengths)
+
     def rewind(self, batch: Batch) -> None:
         """Forget KV beyond each row's committed length. The loop calls this after every round and every rewind."""
         self._layout = None

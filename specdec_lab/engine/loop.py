@@ -21,6 +21,7 @@ from ..summary import summarize
 from ..workload import Workload
 from .attention import AttentionBackend
 from .backends import pick
+from .cache import check_fits
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .models.loading import ModelPair
@@ -90,6 +91,10 @@ class Engine:
         session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         return OpenSession(self, session, workload, clock)
 
+    def check_memory(self, batch: int, tokens: int) -> None:
+        """CacheTooLarge, with the bytes and what fits, if the target's KV cannot hold this; nothing is allocated."""
+        check_fits(self.pair.target, batch, tokens)
+
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], config: Any = "off", *, max_new_tokens: int = 64,
         temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, verifier: str = "rejection",
@@ -149,7 +154,9 @@ class Engine:
 
     def _labels(self, workload: Workload) -> tuple[str, ...]:
         """What a reader of the numbers must know."""
-        labels = list(workload.labels)
+        runners = (self.pair.target, self.pair.draft)
+        made = [label for runner in runners if runner is not None for label in runner.labels]
+        labels = list(dict.fromkeys([*made, *workload.labels]))
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:

@@ -62,6 +62,10 @@ class Session:
         self._model: ModelDrafter | None = None
         self._append(workload.prompts)
         self._prompt_lengths = list(self._batch.host_lengths)
+        if workload.context == "noise":
+            self._known = [n - 1 for n in self._prompt_lengths]
+            self._cache.fill_noise(self._known, workload.seed)
+            self._self.snapkv.begin(self._known)
 
     @property
     def live(self) -> int:
@@ -268,6 +272,8 @@ class Session:
             assert self._draft_backend is not None
             cache = self._pair.draft.new_cache(self._workload.batch, self._max_tokens)
             self._model = ModelDrafter(Network(self._pair.draft, cache, self._draft_backend, self._clock, self._threads))
+            if self._workload.context == "noise":
+                self._model.fill_noise([n - 1 for n in self._prompt_lengths], self._workload.seed + 1)
         return self._model
 
     def _record(
