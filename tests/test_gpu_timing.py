@@ -18,7 +18,7 @@ from specdec_lab.bench.gpu.ledger import (
     Ledger,
     header_of,
 )
-from specdec_lab.bench.gpu.models import LABELS, assumed, random_pair, random_text, rounds_of
+from specdec_lab.bench.gpu.models import LABELS, assumed, opened, rounds_of
 from specdec_lab.bench.gpu.sizes import FULL, TINY, KernelCell
 from specdec_lab.bench.gpu.stages import kernels as kernels_stage
 from specdec_lab.bench.gpu.stages import rounds as rounds_stage
@@ -26,7 +26,11 @@ from specdec_lab.bench.gpu.stages.calibrate import peak_bytes_per_s
 from specdec_lab.bench.gpu.stages.exposed import alias_mask
 from specdec_lab.bench.gpu.timing import EventWatch, GraphWatch, HostWatch, Timing, timed_twice
 from specdec_lab.bench.kernel_shapes import KernelShape
+from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.engine.loop import Engine
+from specdec_lab.engine.models.loading import load
+from specdec_lab.engine.models.random_weights import PREFIX, config_of
+from specdec_lab.engine.models.runner import shape_of
 from specdec_lab.records import Cell, SpecConfig
 from specdec_lab.sensors import Absent, Reading
 
@@ -321,31 +325,37 @@ def test_the_peak_of_the_memory_is_known_only_where_torch_tells_its_clock():
 
 @pytest.fixture(scope="module")
 def engine():
-    model = TINY.models[0]
-    return Engine(random_pair(model.name, model.shape, torch.float32, CPU, 2048))
+    return Engine(load(TINY.models[0].loads, device="cpu", dtype="float32"))
 
 
-def test_random_kv_stands_for_prompts_and_every_header_says_so(engine):
+def test_sessions_begin_at_any_length_without_reading_and_every_header_says_so(engine):
     session = assumed(engine, Cell(2, 40), 60)
     made = rounds_of(session, SpecConfig.parse("self:2+14/chain3"), 4)
     assert set(LABELS) <= set(made.header.labels)
-    assert [step.context_tokens for step in made.rounds][0] >= (39 + 3, 39 + 3)
+    assert made.rounds[0].context_tokens >= (39 + 3, 39 + 3)
     assert all(step.kind == "round" for step in made.steps)
     again = rounds_of(session, SpecConfig.off(), 4)  # from the same point: nothing is read
     assert again.rounds[0].context_tokens == (39 + 3, 39 + 3)
-    with pytest.raises(ValueError, match="were read already"):
-        session.assume_prompts()
 
 
-def test_kv_cannot_be_assumed_without_its_label(engine):
-    session = engine.open(random_text(Cell(1, 10), 5, 97, ("random-weights",)))
-    with pytest.raises(ValueError, match="must carry the label 'random KV'"):
-        session.assume_prompts()
+def test_the_models_of_the_run_have_the_shapes_that_their_floors_are_made_with():
+    for sizes in (FULL, TINY):
+        for model in sizes.models:
+            assert shape_of(config_of(model.loads.removeprefix(PREFIX))) == model.shape
+
+
+def test_what_the_engine_finds_too_large_is_a_row_with_its_reason(engine, monkeypatch):
+    def refuse(workload):
+        raise CacheTooLarge("needs 9 bytes; 8 are free")
+
+    monkeypatch.setattr(engine, "open", refuse)
+    row = opened(engine, Cell(2, 40), 10)
+    assert (row.kind, row.what, row.reason) == ("left out", "random:tiny 2x40", "needs 9 bytes; 8 are free")
 
 
 def test_a_cell_beyond_memory_becomes_the_largest_batch_that_fits(engine, ledger):
     class Small(Context):
-        free_bytes = 1.5 * 512 * (40 + 10 + 512)
+        free_bytes = 1.5 * 2048 * (40 + 10 + 512)
 
     cell, row = rounds_stage.fitting(Small(CPU, TINY, ledger, 60.0), engine, Cell(2, 40), 10)
     assert cell == Cell(1, 40)

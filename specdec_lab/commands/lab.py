@@ -65,6 +65,10 @@ class Lab:
     def engine_for(self, args: Namespace) -> Engine:
         """The engine in use if the arguments name no other, else a new one, which is then in use."""
         wanted = {name: value for name in ("model", "draft", "backend", *PLACEMENT) if (value := getattr(args, name, None))}
+        if (shape := getattr(args, "random_weights", None)) is not None:
+            if "model" in wanted:
+                raise UserMistake(f"--random-weights {shape} is a model already; leave {wanted['model']} out")
+            wanted["model"] = f"random:{shape}"
         if self.engine is None or wanted:
             self.engine = self._make(wanted)
         return self.engine

@@ -12,6 +12,7 @@ from .mistakes import UserMistake
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
 
 WORKLOADS = ("prose", "code", "revision", "conversation")
+LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
 EXIT_CODES = """
@@ -94,7 +95,7 @@ def _run(verbs: Verbs) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch")
     source.add_argument("--file", metavar="FILE", help='a text file, or .jsonl with one {"text": ...} per line; - reads stdin')
-    source.add_argument("--workload", choices=WORKLOADS, help="shipped held-out text; needs --cell")
+    source.add_argument("--workload", choices=LOADS, help="shipped held-out text, or random ids and KV (timing only); needs --cell")
     verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
     verb.add_argument("--config", default="off", metavar="CONFIG",
                       help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
@@ -116,7 +117,8 @@ def _profile(verbs: Verbs) -> None:
     verb.add_argument("--cells", type=spelled(split_cells), required=True, metavar="BxL,...", help="for example 1x1024,8x4k")
     verb.add_argument("--configs", type=spelled(split_configs), required=True, metavar="CONFIG,...",
                       help="for example off,self:4+60/chain3; off is added if left out")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    verb.add_argument("--workload", choices=LOADS, default="prose",
+                      help="shipped held-out text (default: prose), or random: ids and KV of chance, for timing only")
     verb.add_argument("--blocks", type=spelled(parse_count), default=4, metavar="N",
                       help="interleaved repetitions; the interval comes from them (default: 4)")
     verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
@@ -138,7 +140,8 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--lengths", type=spelled(split_counts), default=(512, 1024, 4096), metavar="N,...",
                       help="default: 512,1k,4k")
     verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="90s, 2m (default: 120s)")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    verb.add_argument("--workload", choices=LOADS, default="prose",
+                      help="shipped held-out text (default: prose), or random: ids and KV of chance, for timing only")
     verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
@@ -212,7 +215,10 @@ def _stop(verbs: Verbs) -> None:
 
 
 def _placement(verb: Parser) -> None:
-    verb.add_argument("--draft", metavar="MODEL", help="draft model: a folder or a hub name")
+    verb.add_argument("--random-weights", metavar="NAME",
+                      help="a model by its sizes, with random weights, for timing: llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, "
+                           "draft-1b, tiny; as --model random:NAME")
+    verb.add_argument("--draft", metavar="MODEL", help="draft model: a folder, a hub name, or random:draft-1b")
     verb.add_argument("--device", metavar="DEVICE", help="auto, cpu or cuda (default: auto)")
     verb.add_argument("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 (default: auto)")
     verb.add_argument("--kv-dtype", metavar="DTYPE", help="of keys and values in the cache (default: as --dtype)")

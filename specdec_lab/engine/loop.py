@@ -21,7 +21,7 @@ from ..summary import summarize
 from ..workload import Workload
 from .attention import AttentionBackend
 from .backends import pick
-from .cache import available_bytes
+from .cache import available_bytes, check_fits
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .device.choice import Rounds, choose_rounds
@@ -36,7 +36,6 @@ from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
 PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
-RANDOM_KV = "random KV"  # label of runs over KV that no prompt made
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
 
 
@@ -110,6 +109,10 @@ class Engine:
         )  # fmt: skip
         return OpenSession(self, session, workload, clock)
 
+    def check_memory(self, batch: int, tokens: int) -> None:
+        """CacheTooLarge, with the bytes and what fits, if the target's KV cannot hold this; nothing is allocated."""
+        check_fits(self.pair.target, batch, tokens)
+
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], config: Any = "off", *, max_new_tokens: int = 64,
         temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, verifier: str = "rejection",
@@ -170,7 +173,9 @@ class Engine:
 
     def _labels(self, workload: Workload) -> tuple[str, ...]:
         """What a reader of the numbers must know."""
-        labels = [*workload.labels, *self.ceilings.labels]
+        runners = (self.pair.target, self.pair.draft)
+        made = [label for runner in runners if runner is not None for label in runner.labels]
+        labels = list(dict.fromkeys([*made, *workload.labels, *self.ceilings.labels]))
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:
@@ -219,14 +224,6 @@ class OpenSession:
     def capture_s(self) -> float:
         """Seconds that capturing rounds as graphs took so far; in no record."""
         return self._session.capture_s
-
-    def assume_prompts(self) -> None:
-        """Random KV in the place of the prompts; see Session.assume_prompts. Before the first stream only."""
-        if self._used:
-            raise ValueError("the prompts of this session were read already; open another one to assume them")
-        if RANDOM_KV not in self._workload.labels:
-            raise ValueError(f"a workload whose prompts are assumed must carry the label {RANDOM_KV!r}")
-        self._session.assume_prompts()
 
     def _run(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         try:

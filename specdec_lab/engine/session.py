@@ -62,6 +62,10 @@ class Session:
         self._model: ModelDrafter | None = None
         self._append(workload.prompts)
         self._prompt_lengths = list(self._batch.host_lengths)
+        if workload.context == "noise":
+            self._known = [n - 1 for n in self._prompt_lengths]
+            self._cache.fill_noise(self._known, workload.seed)
+            self._self.snapkv.begin(self._known)
 
     @property
     def live(self) -> int:
@@ -131,18 +135,6 @@ class Session:
         self._cache.rollback(batch.lengths - 1)
         self._forget_drafts()
         self._progress = Progress([0] * self._workload.batch)
-
-    def assume_prompts(self) -> None:
-        """Put random KV in the place of the prompts, as if they had been read.
-
-        For times at lengths that a large model takes minutes to read: they do not depend on values. What is generated then
-        means nothing, and the workload must say so in its labels.
-        """
-        with torch.inference_mode():
-            for layer in self._cache.kv:  # one at a time: the draw of all would need as much memory again
-                layer.normal_()
-            self._known = [n - 1 for n in self._batch.host_lengths]
-            self._cache.committed = self._batch.lengths - 1
 
     def prefill(self, config: SpecConfig | None) -> StepRecord | None:
         """Read what is not yet in the caches that `config` uses; the record of that, or None if nothing was missing."""
@@ -285,6 +277,8 @@ class Session:
             assert self._draft_backend is not None
             cache = self._pair.draft.new_cache(self._workload.batch, self._max_tokens)
             self._model = ModelDrafter(Network(self._pair.draft, cache, self._draft_backend, self._clock, self._threads))
+            if self._workload.context == "noise":
+                self._model.fill_noise([n - 1 for n in self._prompt_lengths], self._workload.seed + 1)
         return self._model
 
     def _record(

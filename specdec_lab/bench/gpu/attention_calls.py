@@ -21,9 +21,10 @@ from torch import Tensor
 from ...engine.attention import AttentionBackend, Need, Reads
 from ...engine.backends import AUTOMATIC, BACKENDS
 from ...engine.batch import Forward, count_forward
-from ...engine.cache import SLOT_MULTIPLE, KvCache
+from ...engine.cache import KvCache
 from ...engine.conformance.cases import Corner, Situation
 from ...engine.conformance.judging import meaning, worst_row
+from ...engine.memory import slots_of
 from ...records import KvView
 from .sizes import KernelCell
 
@@ -111,7 +112,7 @@ def corner_of(cell: KernelCell) -> Corner:
 def layer_bytes(cell: KernelCell, itemsize: int) -> int:
     """What one layer of a cell's cache occupies."""
     shape = cell.shape
-    slots = -(-(shape.cell.length + cell.queries + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    slots = slots_of(shape.cell.length + cell.queries)
     return 2 * shape.cell.batch * shape.kv_heads * slots * shape.head_dim * itemsize
 
 

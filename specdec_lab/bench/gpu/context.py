@@ -26,7 +26,7 @@ from .timing import EventWatch, GraphWatch, HostWatch, Timing, clock_flags, cuda
 if TYPE_CHECKING:
     from .timing import Launch
 
-KEPT_FREE = 1 << 30  # device memory that is never planned with
+KEPT_FREE = 4 << 30  # device memory that is never planned with: logits, workspaces, graphs
 NOT_CAPTURED = "cannot be captured in a graph"
 
 

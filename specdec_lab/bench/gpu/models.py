@@ -1,6 +1,6 @@
 """Models of random weights at real sizes, and sessions at any length without reading a prompt: for times.
 
-Times do not depend on values. Everything made here carries its labels.
+Times do not depend on values. Every header of what is made here is labelled.
 
 Not known here: stages.
 """
@@ -12,64 +12,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...costs import ModelShape
-from ...engine.loop import RANDOM_KV, Engine, OpenSession
-from ...engine.models.fast_llama import FastLlama, expected_tensors
-from ...engine.models.loading import ModelPair
-from ...records import Cell, Run, SpecConfig, StepRecord
-from ...workload import Workload
+from ...engine.cache import CacheTooLarge
+from ...engine.loop import Engine, OpenSession
+from ...engine.models.loading import load
+from ...records import RANDOM_CONTEXT, RANDOM_WEIGHTS, Cell, Run, SpecConfig, StepRecord
+from ...workload import Workload, random_context
 from .context import Context, release
 from .ledger import Row
 from .sizes import ModelCells
 
-RANDOM_WEIGHTS = "random-weights"
-LABELS = (RANDOM_WEIGHTS, RANDOM_KV)
+LABELS = (RANDOM_WEIGHTS, RANDOM_CONTEXT)
 WARM_UP_ROUNDS = 3
 SLACK_TOKENS = 512  # of the cache beyond prompt and new tokens: drafts, and rounding up
 
 
-def config_of(shape: ModelShape, positions: int) -> Any:
-    """transformers' configuration of a Llama of this shape."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=positions, tie_word_embeddings=shape.tied,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-
-
-def random_weights(config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Normal numbers of a spread that keeps activations in range; norms are ones."""
-    made = {}
-    for name, size in expected_tensors(config).items():
-        tensor = torch.empty(size, dtype=dtype, device=device)
-        made[name] = tensor.fill_(1.0) if len(size) == 1 else tensor.normal_(0.0, size[-1] ** -0.5)
-    return made
-
-
-def random_pair(name: str, shape: ModelShape, dtype: torch.dtype, device: torch.device, positions: int) -> ModelPair:
-    """A target of random weights without a draft or a tokenizer."""
-    config = config_of(shape, positions)
-    target = FastLlama(config, random_weights(config, dtype, device), name=name, device=device, dtype=dtype)
-    return ModelPair(name, target, None, None, ())
-
-
-def random_text(cell: Cell, new_tokens: int, vocab: int, labels: tuple[str, ...] = LABELS) -> Workload:
-    """Prompts of random tokens that never end by themselves."""
+def random_text(cell: Cell, new_tokens: int, vocab: int) -> Workload:
+    """Prompts of random tokens, to be read, that never end by themselves."""
     draw = random.Random(f"{cell} {vocab}")
-    prompts = tuple(tuple(draw.randrange(vocab) for _ in range(cell.length)) for _ in range(cell.batch))
-    return Workload("random", prompts, new_tokens, stop_at_eos=False, labels=labels)
+    prompts = tuple(tuple(draw.choices(range(vocab), k=cell.length)) for _ in range(cell.batch))
+    return Workload("random", prompts, new_tokens, stop_at_eos=False)
 
 
 def engine_for(context: Context, model: ModelCells) -> Engine:
-    """An engine over a model of random weights that takes the longest of its cells."""
-    longest = max(cell.length for cell in (*model.cells, *(Cell(1, length) for length in context.sizes.headline)))
+    """An engine over a model of random weights."""
+    release(context.device)
     dtype: torch.dtype = getattr(torch, context.sizes.dtype)
-    return Engine(random_pair(model.name, model.shape, dtype, context.device, longest + 4 * SLACK_TOKENS))
+    return Engine(load(model.loads, device=context.device.type, dtype=dtype))
 
 
 def fitting(context: Context, engine: Engine, cell: Cell, new_tokens: int) -> tuple[Cell | None, Row | None]:
@@ -85,12 +54,18 @@ def fitting(context: Context, engine: Engine, cell: Cell, new_tokens: int) -> tu
     return (Cell(most, cell.length) if most else None), row
 
 
+def opened(engine: Engine, cell: Cell, new_tokens: int) -> OpenSession | Row:
+    """As `assumed`; a row with the reason where the engine finds that it needs more than is free."""
+    try:
+        return assumed(engine, cell, new_tokens)
+    except CacheTooLarge as error:
+        return Row("left out", f"{engine.pair.target.name} {cell}", reason=str(error))
+
+
 def assumed(engine: Engine, cell: Cell, new_tokens: int) -> OpenSession:
-    """A session at the end of prompts that were never read: random KV."""
+    """A session at the end of prompts that were never read."""
     release(engine.pair.target.device)
-    session = engine.open(random_text(cell, new_tokens, engine.pair.target.shape.vocab))
-    session.assume_prompts()
-    return session
+    return engine.open(random_context(cell, engine.pair.target.shape.vocab, max_new_tokens=new_tokens))
 
 
 def rounds_of(session: OpenSession, config: SpecConfig, count: int, *, block: int | None = None) -> Run:

@@ -44,9 +44,10 @@ class KernelCell:
 
 @dataclass(frozen=True, slots=True)
 class ModelCells:
-    """A model of random weights and the cells it is timed in."""
+    """A model of random weights, what loads it, and the cells it is timed in."""
 
     name: str
+    loads: str
     shape: ModelShape
     cells: tuple[Cell, ...]
 
@@ -119,7 +120,10 @@ CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 FULL = Sizes(
     dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=4, kernels=(*VERIFY, *DRAFT),
     round_size=RoundSize(32, 4, 1024, LARGE),
-    models=(ModelCells("1.7B", SMALL, CELLS), ModelCells("Llama-3.1-8B", LARGE, CELLS)),
+    models=(
+        ModelCells("1.7B", "random:qwen3-1.7b", SMALL, CELLS),
+        ModelCells("Llama-3.1-8B", "random:llama-3.1-8b", LARGE, CELLS),
+    ),
     config=SpecConfig.parse("self:4+512/chain4"), rounds=48, energy_s=1.2,
     etas=((Cell(1, 4096), 0.75, None), (Cell(8, 32768), 0.82, None), (Cell(32, 16384), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(4096, 16384, 32768), batches=(1, 4, 16, 32), alpha=0.8,
@@ -128,7 +132,7 @@ FULL = Sizes(
     tune_s=30.0, trace_cell=Cell(4, 2048), peer_cells=(Cell(1, 4096), Cell(8, 4096)), peer_tokens=64, far_offset_bytes=5 << 30,
 )
 
-_TINY_SHAPE = ModelShape(2, 64, 4, 2, 16, 96, 97)
+_TINY_SHAPE = ModelShape(2, 64, 16, 8, 16, 192, 512)  # of random:tiny
 TINY = Sizes(
     dtype="float32", repeats=3, most_layers=3, most_cases=6, laws=1, round_configs=2,
     kernels=(
@@ -138,7 +142,7 @@ TINY = Sizes(
         _verify("1x70/2x16g2", 1, view=KvView.window(2, 9), pass_s=9e-6),
     ),
     round_size=RoundSize(2, 3, 40, _TINY_SHAPE),
-    models=(ModelCells("tiny", _TINY_SHAPE, (Cell(1, 24), Cell(2, 40))),),
+    models=(ModelCells("tiny", "random:tiny", _TINY_SHAPE, (Cell(1, 24), Cell(2, 40))),),
     config=SpecConfig.parse("self:2+14/chain3"), rounds=4, energy_s=0.0,
     etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(24, 40), batches=(1, 2), alpha=0.8, exposed=(_verify("2x70/2x16g2", 3),),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from specdec_kernels.tree_attention.gpu import default_chunk, workspace_floats
 
-from ..cache import SLOT_MULTIPLE, CacheTooLarge, cache_bytes
+from ..cache import CacheTooLarge
+from ..memory import slots_of
 from ..models.loading import ModelPair
 from ..models.runner import Runner
 from .state import ENTRY, TIMES
@@ -44,7 +45,7 @@ class MemoryPlan:
 
 def plan(pair: ModelPair, batch: int, max_tokens: int, rounds_per_read: int, nodes: int = NODES) -> MemoryPlan:
     """For `batch` rows of up to `max_tokens` tokens, margin for drafts included, and rounds of up to `nodes` drafts."""
-    slots = -(-(max_tokens + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    slots = slots_of(max_tokens)
     runners = [pair.target] if pair.draft is None else [pair.target, pair.draft]
     kept = batch * nodes * pair.target.shape.vocab * pair.target.dtype.itemsize  # draft logits, until they are verified
     return MemoryPlan(
@@ -83,7 +84,7 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 def _kv(runner: Runner, batch: int, slots: int) -> int:
     s = runner.shape
-    return cache_bytes(s.layers, batch, s.kv_heads, slots, s.head_dim, runner.kv_dtype.itemsize)
+    return batch * slots * s.kv_bytes_per_token(runner.kv_dtype.itemsize)
 
 
 def _workspace(runner: Runner, batch: int, slots: int, nodes: int) -> int:

@@ -133,15 +133,18 @@ class FastLlama:
 
     def __init__(
         self, config: Any, weights: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None, fingerprint: str | None = None, labels: tuple[str, ...] = (),
     ) -> None:
+        """fingerprint: of weights that are made by name when asked for, so are neither checked nor read in advance."""
         reason = why_not(config)
         if reason is not None:
             raise ValueError(f"{reason}. Use runner='hf'.")
-        check_tensors(config, weights)
+        if fingerprint is None:
+            check_tensors(config, weights)
         self.name, self.dtype, self.kv_dtype, self.device = name, dtype, kv_dtype or dtype, device
         self.shape, self.max_length = shape_of(config), int(config.max_position_embeddings)
-        self.fingerprint = weights_fingerprint(config.to_diff_dict(), weights.items())
+        self.fingerprint = fingerprint or weights_fingerprint(config.to_diff_dict(), weights.items())
+        self.labels = labels
         self._eps = float(config.rms_norm_eps)
         self._scale = self.shape.head_dim**-0.5
         self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
@@ -192,7 +195,8 @@ class FastLlama:
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache; the rotary table grows with it when a run goes beyond the trained length."""
         s = self.shape
-        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
+        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device,
+                        weight_bytes=s.params * self.dtype.itemsize)
         if cache.slots > self._cos.shape[0]:
             self._cos, self._sin = self._rotary_table(self._config, cache.slots)
             if self._decoder is not None:

@@ -74,6 +74,7 @@ class HFRunner:
     """Any transformers causal LM whose attention goes through AttentionInterface; see Runner for the contract."""
 
     kind = "hf"
+    labels: tuple[str, ...] = ()
 
     def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None) -> None:
         from transformers import AttentionInterface
@@ -109,7 +110,8 @@ class HFRunner:
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache for this model."""
         s = self.shape
-        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
+        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device,
+                       weight_bytes=s.params * self.dtype.itemsize)
 
     def forward(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,

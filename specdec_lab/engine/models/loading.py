@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fast_llama
+from . import fast_llama, random_weights
 from .fast_llama import FastLlama, WeightsMismatch
 from .hf import HFRunner
 from .runner import Runner
@@ -48,14 +48,17 @@ class ModelPair:
 
 def load(
     model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto",
-    kv_dtype: str | torch.dtype = "auto",
+    kv_dtype: str | torch.dtype = "auto", seed: int = 0,
 ) -> ModelPair:
     """The pair to speculate with.
 
-    model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM
+    model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM; "random:NAME" has the sizes of
+                  a published model and random weights, for timing: llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or
+                  (to try commands) tiny and tiny-draft
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
+    seed          of random weights
     raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner that cannot
     """
     if runner not in ("auto", "fast", "hf"):
@@ -70,10 +73,10 @@ def load(
         name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
-    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached)
+    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached, seed)
     if draft is None:
         return ModelPair(name, target, None, tokenizer, eos_ids)
-    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached)
+    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached, seed + 1)
     _check_vocabularies(target, tokenizer, helper, draft_tokenizer)
     return ModelPair(name, target, helper, tokenizer, eos_ids)
 
@@ -91,9 +94,17 @@ def _device(name: str) -> torch.device:
 
 
 def _load_one(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None,
+    seed: int,
 ) -> tuple[Runner, Any | None, tuple[int, ...]]:
     """A runner, its tokenizer if it has one, and its end-of-text ids."""
+    if isinstance(model, str) and model.startswith(random_weights.PREFIX):
+        if runner == "hf":
+            raise ValueError(f"{model} runs on our own runner only. Use runner='auto' or 'fast'.")
+        config = random_weights.config_of(model.removeprefix(random_weights.PREFIX))
+        chosen = _dtype(dtype, config, device)
+        made = random_weights.make(model, config, seed=seed, device=device, dtype=chosen, kv_dtype=kv_dtype)
+        return made, None, _eos(config)
     if not isinstance(model, str | Path):
         return _from_memory(model, device, dtype, runner, kv_dtype)
     from transformers import AutoConfig, AutoTokenizer

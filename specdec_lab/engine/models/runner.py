@@ -50,6 +50,7 @@ class Runner(Protocol):
     device: torch.device
     max_length: int  # positions the model was made for
     fingerprint: str
+    labels: tuple[str, ...]  # what a reader of its numbers must know, for example "random-weights"
 
     def need(self) -> Need:
         """What this model asks of an attention back end."""

@@ -16,7 +16,7 @@ from ....view.panels import Panel, Picture, Points
 from ....view.panels_svg import picture_svg
 from ..context import Context
 from ..ledger import Row
-from ..models import assumed, engine_for, fitting, rounds_of, tokens_for
+from ..models import engine_for, fitting, opened, rounds_of, tokens_for
 
 OFF = SpecConfig.off()
 BLOCKS = 3
@@ -49,7 +49,10 @@ def _cell(context: Context, engine: Engine, name: str, cell: Cell) -> Iterator[R
     if note is not None or fits is None:
         yield note or Row("left out", str(cell))
         return
-    session = assumed(engine, cell, tokens_for(config, rounds))
+    session = opened(engine, cell, tokens_for(config, rounds))
+    if isinstance(session, Row):
+        yield session
+        return
     walls: dict[SpecConfig, list[float]] = {OFF: [], config: []}
     drafts: list[float] = []
     verifies: list[float] = []

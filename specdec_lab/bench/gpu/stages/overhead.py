@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ....records import Cell, SpecConfig
+from ....records import RANDOM_WEIGHTS, Cell, SpecConfig
 from ....workload import Workload
 from ...overhead import overhead
 from ..context import Context
 from ..ledger import Row, bar_verdict
-from ..models import RANDOM_WEIGHTS, engine_for, random_text, tokens_for
+from ..models import engine_for, random_text, tokens_for
 
 MOST = {True: 1.01, False: 1.03}  # times a bare round, on a GPU and on a CPU
 
@@ -22,7 +22,7 @@ def stage(context: Context) -> Iterator[Row]:
     new_tokens = max(tokens_for(config, sizes.overhead_rounds) for config in configs)
 
     def text(cell: Cell) -> Workload:
-        return random_text(cell, new_tokens, pair.target.shape.vocab, (RANDOM_WEIGHTS,))
+        return random_text(cell, new_tokens, pair.target.shape.vocab)
 
     report = overhead(
         pair, sizes.overhead_cell, configs, rounds=sizes.overhead_rounds, blocks=sizes.overhead_blocks, workload=text

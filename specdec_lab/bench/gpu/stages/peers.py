@@ -16,11 +16,12 @@ import torch
 
 from ....engine.loop import Engine
 from ....engine.models.loading import load
-from ....records import Cell, SpecConfig
+from ....engine.models.random_weights import PREFIX, config_of
+from ....records import RANDOM_WEIGHTS, Cell, SpecConfig
 from ....stream import record
 from ..context import Context, Skipped
 from ..ledger import Row
-from ..models import RANDOM_WEIGHTS, SLACK_TOKENS, config_of, random_text
+from ..models import random_text
 
 REPEATS = 3
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
@@ -41,10 +42,10 @@ def _random_model(context: Context) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     chosen, dtype = context.sizes.models[0], getattr(torch, context.sizes.dtype)
-    longest = max(cell.length for cell in context.sizes.peer_cells) + context.sizes.peer_tokens + SLACK_TOKENS
+    config = config_of(chosen.loads.removeprefix(PREFIX))
     loader: Any = AutoModelForCausalLM
     with torch.device(context.device):
-        model = loader.from_config(config_of(chosen.shape, longest), attn_implementation="sdpa", dtype=dtype).eval()
+        model = loader.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0)
     model.name_or_path = f"{chosen.name} (random)"
     return model
@@ -52,11 +53,11 @@ def _random_model(context: Context) -> Any:
 
 def _cell(context: Context, engine: Engine, model: Any, cell: Cell) -> Iterator[Row]:
     tokens = context.sizes.peer_tokens
-    text = random_text(cell, tokens, engine.pair.target.shape.vocab, (RANDOM_WEIGHTS,))
+    text = random_text(cell, tokens, engine.pair.target.shape.vocab)
     session = engine.open(text)
     runs = [record(session.steps(SpecConfig.off())) for _ in range(REPEATS + 1)][1:]
     ours = median(sum(step.wall_s for step in run.rounds) / len(run.rounds) for run in runs)
-    labels = runs[0].header.labels
+    labels = (RANDOM_WEIGHTS, *runs[0].header.labels)
     reason = f"attention by {engine.backend.name}"
     yield Row("decode", f"ours {cell}", _values(ours, cell, tokens), labels=labels, reason=reason)
     ids = torch.tensor(text.prompts, device=context.device)

@@ -16,7 +16,7 @@ from ....records import Cell, Run, SpecConfig
 from ....sensors import Absent, joules_per_token
 from ..context import Context
 from ..ledger import Row, bar_verdict
-from ..models import LABELS, assumed, engine_for, fitting, rounds_of, tokens_for, tokens_in
+from ..models import LABELS, assumed, engine_for, fitting, opened, rounds_of, tokens_for, tokens_in
 from ..sizes import ModelCells
 
 BLOCKS = 2  # of plain, speculating, speculating, plain
@@ -50,7 +50,10 @@ def _cell(context: Context, engine: Engine, model: ModelCells, wanted: Cell) -> 
         yield note
     if cell is None:
         return
-    session = assumed(engine, cell, new_tokens)
+    session = opened(engine, cell, new_tokens)
+    if isinstance(session, Row):
+        yield session
+        return
     runs: dict[SpecConfig, list[Run]] = {OFF: [], config: []}
     with context.watched() as seen:
         for block in range(BLOCKS):
