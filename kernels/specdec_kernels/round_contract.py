@@ -45,6 +45,7 @@ class Variant:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 1
     out: str = ""
+    max_registers: int | None = None
 
 
 def variants() -> tuple[Variant, ...]:
@@ -62,7 +63,7 @@ def variants() -> tuple[Variant, ...]:
     residual = {"NODES": 5, "LAWS": 4, "V": VOCABULARY, **drawn}
     walk = {"DEPTH": 3, "K": 4, "BLOCK_A": 4, "BLOCK_K": 4}
     tree = accept.tree_tile(VOCABULARY)
-    tree_warps = tree.pop("num_warps")
+    tree_warps, tree_registers = tree.pop("num_warps"), tree.pop("maxnreg")
     none, rope_warps = {"q_norm": None, "k_norm": None}, rope_tiles.num_warps(DIM)
     untabled = {**residual, "K": 1, "BLOCK_K": 1, "TABLED": False, "law_row": None}
     untested = dict.fromkeys(("target_logprob", "draft_logprob", "seed", "sequences", "first_positions"))
@@ -76,7 +77,8 @@ def variants() -> tuple[Variant, ...]:
         Variant("accept_chain_equal", "accept:chain_kernel", {**chain, "EQUAL": True, "POINT": True, **untested}),
         Variant("accept_chain", "accept:chain_kernel", {**chain, "EQUAL": False, "POINT": False, "chosen": None}),
         Variant("accept_tree_equal", "accept:tree_equal_kernel", {**walk, "ALL": True, "exists": None}),
-        Variant("accept_tree", "accept:tree_kernel", {**walk, "NODES": 21, "LAWS": 13, "V": VOCABULARY, **tree}, tree_warps),
+        Variant("accept_tree", "accept:tree_kernel", {
+            **walk, "NODES": 21, "LAWS": 13, "V": VOCABULARY, **tree}, tree_warps, max_registers=tree_registers),
         Variant("draw_gumbel", "sample_rows:gumbel_kernel", noisy, noisy_warps),
         Variant("draw_inverse", "sample_rows:inverse_kernel", {"K": 0, "removed": None, "V": VOCABULARY, **drawn}, warps),
         Variant("draw_inverse of what 3 left", "sample_rows:inverse_kernel", {"K": 3, "V": VOCABULARY, **drawn}, warps),
@@ -113,8 +115,8 @@ def compile_variant(variant: Variant, sm: int, dtype: str) -> Compiled:
     signature = {arg: fixed.get(arg, "i32") for arg in kernel.arg_names if arg not in variant.constants}
     unaligned = {kernel.arg_names[i] for i in range(len(kernel.arg_names)) if kernel.params[i].do_not_specialize}
     return compile_kernel(
-        kernel, signature, variant.constants, sm, num_warps=variant.num_warps, unaligned=unaligned,
-        name=f"{variant.name} {dtype}",
+        kernel, signature, variant.constants, sm, num_warps=variant.num_warps, max_registers=variant.max_registers,
+        unaligned=unaligned, name=f"{variant.name} {dtype}",
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .reference import Accepted
 
 BLOCK = 2048  # tokens of both laws that a tree's program reads at once: with twice as many it spills
 TOKENS_PER_THREAD = 8
+MOST_REGISTERS = 255  # all there are: left to choose, Triton 3.9's assembler takes 128 and spills
 
 
 def accept_chain_equal(tokens: Tensor, counts: Tensor, chosen: Tensor, out: Accepted | None = None) -> Accepted:
@@ -53,7 +54,7 @@ def _chain(
     strides = (0 if t is None else t.stride(0) for t in (chosen, target, draft))
     drafted, most = tokens.shape[1], out.refused.shape[1]
     chain_kernel[(tokens.shape[0],)](
-        tokens, counts, chosen, target, draft, seed, sequences, first, purpose, *_fields(out), tokens.stride(0), *strides,
+        tokens, counts, chosen, target, draft, seed, sequences, first, int(purpose), *_fields(out), tokens.stride(0), *strides,
         N=drafted, K=most, BLOCK_N=_power(drafted + 1), BLOCK_K=_power(most), EQUAL=chosen is not None, POINT=draft is None,
         num_warps=1,
     )  # fmt: skip
@@ -100,7 +101,7 @@ def accept_tree(
         raise ValueError(f"law_row must have {drafted + 1} entries, one per node, got {list(law_row.shape)}")
     tree_kernel[(batch,)](
         tokens, children, law_row, target, target_lse, draft, draft_lse, 1.0 / temperature, seed_tensor(seed, tokens.device),
-        sequences, first_positions, purpose, *_fields(out), tokens.stride(0), *target.stride()[:2], *draft.stride()[:2],
+        sequences, first_positions, int(purpose), *_fields(out), tokens.stride(0), *target.stride()[:2], *draft.stride()[:2],
         NODES=drafted + 1, LAWS=draft.shape[1], DEPTH=depth, K=most, BLOCK_A=_power(depth), BLOCK_K=_power(most), V=vocabulary,
         **tree_tile(vocabulary),
     )  # fmt: skip
@@ -108,9 +109,9 @@ def accept_tree(
 
 
 def tree_tile(vocabulary: int) -> dict[str, int]:
-    """Tokens that a tree's program reads at once, and its warps."""
+    """Tokens that a tree's program reads at once, its warps and the registers that a thread may use."""
     block = block_of(vocabulary, BLOCK)
-    return {"BLOCK": block, "num_warps": max(1, block // (32 * TOKENS_PER_THREAD))}
+    return {"BLOCK": block, "num_warps": max(1, block // (32 * TOKENS_PER_THREAD)), "maxnreg": MOST_REGISTERS}
 
 
 def check_laws(logits: Tensor, lse: Tensor, temperature: float, shape: tuple[int, int, int], name: str) -> None:

@@ -2,7 +2,7 @@
 
 Words and uniforms are the reference's bit for bit. Gumbel noise g is float64 through the device's logarithm: the reference's
 within 2 ulp of max(1, |g|). `seed` as int64 [1] on the device is read at every launch; as an int it is copied there, which a
-CUDA graph cannot hold.
+CUDA graph cannot hold. `purpose` may be an IntEnum; launches take plain integers only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _fill(
     check_out(out, (*positions.shape, count), (dtype,))
     block = min(WORDS_AT_ONCE, max(4, 1 << (count - 1).bit_length()))
     words_kernel[(positions.numel(), -(-count // block))](
-        seed_tensor(seed, positions.device), sequences, positions, purpose, out, positions.shape[1], count, KIND=kind,
+        seed_tensor(seed, positions.device), sequences, positions, int(purpose), out, positions.shape[1], count, KIND=kind,
         BLOCK=block,
     )  # fmt: skip
     return out
@@ -84,7 +84,7 @@ def uniform(
     check_out(out, tuple(positions.shape), (torch.float64,))
     numel = positions.numel()
     uniform_kernel[(-(-numel // WORDS_AT_ONCE),)](
-        seed_tensor(seed, positions.device), sequences, positions, lanes, purpose, out, numel // positions.shape[0], numel,
+        seed_tensor(seed, positions.device), sequences, positions, lanes, int(purpose), out, numel // positions.shape[0], numel,
         BLOCK=WORDS_AT_ONCE,
     )  # fmt: skip
     return out
@@ -102,7 +102,7 @@ def gumbel_argmax(
     out = torch.empty(positions.shape, dtype=torch.int64, device=law.device) if out is None else out
     check_out(out, tuple(positions.shape), (torch.int32, torch.int64))
     argmax_kernel[(positions.numel(),)](
-        law, seed_tensor(seed, law.device), sequences, positions, purpose, out, positions.shape[1], *law.stride()[:2],
+        law, seed_tensor(seed, law.device), sequences, positions, int(purpose), out, positions.shape[1], *law.stride()[:2],
         V=law.shape[2], BLOCK=noisy_block(law.shape[2]), num_warps=noisy_warps(law.shape[2]),
     )  # fmt: skip
     return out

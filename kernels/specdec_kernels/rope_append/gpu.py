@@ -24,7 +24,7 @@ def rope_append(
     _check(qkv, positions, slots, cos, sin, kv, q_norm, k_norm, out)
     blocks = -(-(heads + 2 * kv_heads) // HEADS_AT_ONCE)
     rope_kernel[(batch * queries, blocks)](
-        qkv, positions, slots, cos, sin, kv, q_norm, k_norm, out, eps, queries, cos.shape[0], size, *qkv.stride()[:2],
+        qkv, positions, slots, cos, sin, kv, q_norm, k_norm, out, float(eps), queries, cos.shape[0], size, *qkv.stride()[:2],
         positions.stride(0), slots.stride(0), *kv.stride()[:4], *out.stride()[:3], HEADS=heads, KV_HEADS=kv_heads,
         HALF=dim // 2, BLOCK_H=HEADS_AT_ONCE, BLOCK_D=1 << (dim // 2 - 1).bit_length(), NORMED=q_norm is not None,
         num_warps=num_warps(dim),

@@ -80,7 +80,7 @@ def inverse_kernel(
     for start in range(0, V, BLOCK):
         weights = _left_in_law(at, row_lse, start + lanes, gone, inverse, V, K)
         sums = tl.where(tl.arange(0, BLOCKS) == start // BLOCK, tl.sum(weights, 0), sums)
-    u = uniform(key(seed), tl.load(sequences + b), tl.load(positions + row), purpose, tl.to_tensor(lane))
+    u = uniform(key(seed), tl.load(sequences + b), tl.load(positions + row), purpose, lane)
     block, before, target = _block_beyond(sums, u, BLOCKS)
     token = V - 1
     if block < BLOCKS:

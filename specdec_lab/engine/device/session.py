@@ -8,7 +8,8 @@ running, so the device waits for nobody. What follows from that:
   flights later, and every record says which configuration it ran.
 - A flight is no longer than rows certainly need, so without an end-of-text token no round is played in vain. With one, rounds
   may run after the last row has ended: they emit nothing, are no records, and the last record books their time as host time.
-- n-gram and SnapKV rounds look at text or scores on the host: they run there, as in any session, after the device is done.
+- n-gram and SnapKV rounds look at text or scores on the host: they run there, as in any session, after the device is done, and
+  their times are the host's, which waits for the device at every mark.
 
 WHAT A GPU RUN MUST CHECK FIRST, in this order; none of it could be run where this was written:
 1. `Engine(load("demo", device="cuda"), rounds="device")`: greedy tokens of off, self and model chains and a tree equal those of
