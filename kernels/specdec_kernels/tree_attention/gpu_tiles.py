@@ -35,7 +35,7 @@ Tiles = tuple[Tile, ...]
 TABLE: dict[tuple[int, int], tuple[Tiles, Tiles]] = {
     (2, 64): (
         (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 32, 4, 2, ALL)),
     ),
     (2, 128): (
         (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 64, 4, 3, ALL)),
@@ -43,7 +43,7 @@ TABLE: dict[tuple[int, int], tuple[Tiles, Tiles]] = {
     ),
     (2, 256): ((Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL)), (Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL))),
     (4, 64): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
-    (4, 128): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
+    (4, 128): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 16, 8, 2, ALL),)),
     (4, 256): ((Tile(16, 16, 8, 2, ALL),), (Tile(16, 16, 8, 2, ALL),)),
 }
 # (Triton 3.x, sm, bytes, largest head size, row block, windowed) -> a tile of this combination alone
