@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")]
 
 ALLOWED = {torch.float32: 2e-6, torch.float16: 6e-4}
-CHEAP = 2500  # keys times queries times heads of a row of the conformance suite that the interpreter is to bear
+CHEAP = 1200  # keys times queries times heads of a row of the conformance suite that the interpreter is to bear
 BLOCK, CHUNK = 64, 128  # keys of a step and of a part here: small, so that short contexts have several
 DRAW = torch.Generator().manual_seed(7)
 
@@ -260,21 +260,21 @@ def test_the_back_end_conforms_in_a_few_cases_of_every_family():
     for dtype, head_dim, group in ((torch.float32, 64, 1), (torch.float16, 64, 2)):
         need = Need("cpu", dtype, head_dim, group, tree=True, sliding=True)
         assert backend.why_not(need) is None
-        for case in few(conformance.cases(need)):
+        for case in few(conformance.cases(need), 1 if dtype == torch.float32 else 3):
             verdict = conformance.judge(backend, case)
             assert not verdict.faults, str(verdict)
             run[case.family] += verdict.refusal is None
     assert run.keys() >= {"views", "borders", "last slot", "widths", "queries", "prompts", "sliding", "changes"}
-    assert min(run.values()) >= 2
+    assert run["changes"] == 1
+    assert min(run[family] for family in ("views", "borders", "widths", "sliding")) >= 3
 
 
-def few(cases):
-    """Every so-manieth of the cheap cases of each family."""
+def few(cases, fewer):
+    """The first case of each family that is asked for, and every so-manieth of the cheap ones."""
     met = Counter()
     for case in cases:
-        if max(case.lengths) * len(case.corner.queries) * case.kv_heads > CHEAP:
-            continue
-        every = {"views": 37, "borders": 7, "changes": 3, "sliding": 5, "widths": 9}.get(case.family, 6)
-        if met[case.family] % every == 0:
+        is_cheap = max(case.lengths) * len(case.corner.queries) * case.kv_heads <= CHEAP and case.family != "changes"
+        every = fewer * {"views": 37, "borders": 7, "sliding": 5, "widths": 4}.get(case.family, 6)
+        if is_cheap and met[case.family] % every == 0 or not met[case.family] and fewer == 1:
             yield case
-        met[case.family] += 1
+        met[case.family] += is_cheap or not met[case.family]

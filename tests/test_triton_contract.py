@@ -68,7 +68,8 @@ def test_every_row_block_head_size_and_gpu_has_a_tile_that_fits_whole_parts():
                     for rows in (1, 16, 17, 32, 33, 64, 65, 256):
                         for windowed in (False, True):
                             chosen = tile(rows, dim, size, sm, minor, windowed=windowed)
-                            assert chosen.block_m == row_block(rows, dim, size)
-                            assert chosen.block_m in ROW_BLOCKS
-                            assert CHUNK % chosen.block_n == WINDOW_CHUNK % chosen.block_n == 0
+                            listed = tile(rows, dim, size, sm, minor, windowed=windowed, work_list=True)
+                            assert chosen.block_m == row_block(rows, dim, size) >= listed.block_m
+                            assert {chosen.block_m, listed.block_m} <= set(ROW_BLOCKS)
+                            assert all(n % t.block_n == 0 for n in (CHUNK, WINDOW_CHUNK) for t in (chosen, listed))
     assert len(list(shipped())) > 100

@@ -52,6 +52,8 @@ class FlashBackend:
 
     def why_not(self, need: Need) -> str | None:
         """None = usable, else the reason in one sentence."""
+        if self._given is None and (reason := _why_not_here(need.device)) is not None:
+            return reason
         if need.index_list:
             return "flash_attn reads no index lists (SnapKV)"
         if need.softcap or need.sink_logits or need.sliding:
@@ -62,7 +64,7 @@ class FlashBackend:
             return f"flash_attn reads float16 or bfloat16 KV, not {str(need.dtype).removeprefix('torch.')}"
         if need.head_dim % 8 or need.head_dim > MAX_DIM:
             return f"flash_attn takes head sizes that are multiples of 8 up to {MAX_DIM}, not {need.head_dim}"
-        return None if self._given else _why_not_here(need.device)
+        return None
 
     def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> Any:
         """A FlashPlan for rounds over everything, sdpa's plan for windows and prompt chunks."""
@@ -109,10 +111,10 @@ def join(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> Te
 
 def _why_not_here(device: str) -> str | None:
     """Whether flash-attn 2 is installed, told by the attribute: flash-attn 4 alone makes an empty package of the same name."""
-    if find_spec("flash_attn") is None:
-        return "flash-attn is not installed: pip install 'specdec_lab[flash]' --no-build-isolation, after a CUDA build of torch"
     if device != "cuda" or not torch.cuda.is_available():
         return "flash_attn needs a CUDA device"
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install 'specdec_lab[flash]' --no-build-isolation, after a CUDA build of torch"
     if not hasattr(import_module("flash_attn"), "flash_attn_with_kvcache"):
         return "the flash_attn package here has no flash_attn_with_kvcache: flash-attn 2.7.4 or later, below 3, is needed"
     return None

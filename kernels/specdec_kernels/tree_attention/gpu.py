@@ -136,7 +136,7 @@ def tree_attention(
         most = (index.shape[2] if index is not None else sink) + recent + node_depth.shape[0]
         longest = min(most, longest or k.shape[2])
     index = index if window is not None else None
-    shape = _Shape.of(q, k, node_depth, index, window is not None, longest, chunk, tiles)
+    shape = _Shape.of(q, k, node_depth, index, window is not None, longest, chunk, tiles, work is not None)
     _check(q, k, v, corner, query_node, scale, index, window, shape)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if lse is None else lse
@@ -170,14 +170,16 @@ class _Shape:
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, node_depth: Tensor, index: Tensor | None, windowed: bool, longest: int | None,
-        chunk: int | None, tiles: Tile | None,
+        chunk: int | None, tiles: Tile | None, work_list: bool,
     ) -> _Shape:  # fmt: skip
         batch, queries, heads, dim = q.shape
         group, chunk = heads // k.shape[1], chunk or default_chunk(windowed)
         return cls(
             batch, queries, k.shape[1], group, dim, node_depth.shape[0], 0 if index is None else index.shape[2], windowed,
             chunk, num_parts(longest or k.shape[2], chunk),
-            tiles or tile(queries * group, dim, k.element_size(), *_versions(q.device), windowed=windowed),
+            tiles or tile(
+                queries * group, dim, k.element_size(), *_versions(q.device), windowed=windowed, work_list=work_list
+            ),
         )  # fmt: skip
 
     @property

@@ -47,7 +47,7 @@ def split(
     from . import gpu_kernels
 
     kernel = gpu_kernels.list_kernel if work_list else gpu_kernels.split_kernel
-    chosen = chosen or tile(rows, dim, BYTES[dtype], sm, _triton_minor(), windowed=kind != "full")
+    chosen = chosen or tile(rows, dim, BYTES[dtype], sm, _triton_minor(), windowed=kind != "full", work_list=work_list)
     constants = {
         "GROUP": 4, "DIM": dim, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_D": block_d(dim),
         "WINDOWED": False, "LISTED": False, "FINAL": False, "ALIASED": False, "STAMPED": False, "MOST": MAX_QUERIES,

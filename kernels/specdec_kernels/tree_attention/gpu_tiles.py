@@ -35,7 +35,7 @@ Tiles = tuple[Tile, ...]
 TABLE: dict[tuple[int, int], tuple[Tiles, Tiles]] = {
     (2, 64): (
         (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 32, 4, 2, ALL)),
     ),
     (2, 128): (
         (Tile(16, 64, 4, 3, ALL), Tile(32, 64, 4, 3, ALL), Tile(64, 64, 4, 3, ALL)),
@@ -43,18 +43,23 @@ TABLE: dict[tuple[int, int], tuple[Tiles, Tiles]] = {
     ),
     (2, 256): ((Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL)), (Tile(16, 32, 4, 3, ALL), Tile(32, 32, 4, 3, ALL))),
     (4, 64): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
-    (4, 128): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 32, 8, 2, ALL),)),
+    (4, 128): ((Tile(16, 32, 8, 2, ALL),), (Tile(16, 16, 8, 2, ALL),)),
     (4, 256): ((Tile(16, 16, 8, 2, ALL),), (Tile(16, 16, 8, 2, ALL),)),
 }
-# (Triton 3.x, sm, bytes, largest head size, row block, windowed) -> a tile of this combination alone
-EXCEPTIONS: dict[tuple[int, int, int, int, int, bool], Tile] = {}
+# (Triton 3.x, sm, bytes, largest head size, row block, windowed, from a work list) -> the tile of this combination alone
+EXCEPTIONS: dict[tuple[int, int, int, int, int, bool, bool], Tile] = {
+    # with Blackwell's accumulators the loop over a work list spills at 64 rows
+    (minor, 100, 2, 128, 64, windowed, True): Tile(32, 64, 4, 3, ALL) for minor in (6, 7, 9) for windowed in (False, True)
+}
 
 
-def tile(rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int, *, windowed: bool = False) -> Tile:
+def tile(
+    rows: int, dim: int, element_bytes: int, sm: int, triton_minor: int, *, windowed: bool = False, work_list: bool = False,
+) -> Tile:  # fmt: skip
     """The tile for this many packed rows, head size and size of a KV element, on this GPU and Triton 3.x."""
     block, size = row_block(rows, dim, element_bytes), _size(dim)
     usual = next(t for t in TABLE[element_bytes, size][windowed] if t.block_m == block)
-    return EXCEPTIONS.get((triton_minor, sm, element_bytes, size, block, windowed), usual)
+    return EXCEPTIONS.get((triton_minor, sm, element_bytes, size, block, windowed, work_list), usual)
 
 
 def row_block(rows: int, dim: int, element_bytes: int) -> int:
