@@ -55,6 +55,7 @@ def test_a_row_says_on_what_it_was_measured_and_comes_back(ledger):
     assert {"schema", "device", "driver", "versions", "commit", "sources", "created", "run", "stage"} <= kept.keys()
     assert kept["values"] == {"plain_s": 0.00123457, "text": "absent", "endless": "inf"}
     assert Row.from_dict(kept) == replace(row, values=kept["values"])
+    assert list(kept["values"]) == list(values)  # the most telling one first, as it was given
 
 
 def test_every_row_of_a_rehearsal_is_labelled(tmp_path):

@@ -100,7 +100,7 @@ class Ledger:
         data = row.to_dict()
         data["labels"] = [*self.labels, *data.get("labels", [])]
         whole = {"schema": SCHEMA, **self.header, "stage": stage, "run": self.run, "created": _now(), **data}
-        append_lines(self.path, [json.dumps(_short(whole), sort_keys=True, separators=(",", ":"), allow_nan=False)])
+        append_lines(self.path, [json.dumps(_short(whole), separators=(",", ":"), allow_nan=False)])
 
     def end(self, stage: str, status: str, seconds: float, reason: str = "") -> None:
         """Say how a stage ended."""
