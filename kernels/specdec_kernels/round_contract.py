@@ -53,19 +53,15 @@ def variants() -> tuple[Variant, ...]:
     row_block = row_tiles.block_of(VOCABULARY)
     noisy = {"V": VOCABULARY, "BLOCK": noise_tiles.noisy_block(VOCABULARY)}
     noisy_warps = noise_tiles.noisy_warps(VOCABULARY)
-    drawn = sample_tiles.tile(VOCABULARY)
-    warps = drawn.pop("num_warps")
     entries, heads = compact_tiles.tile(4)
     rope = {
         "HEADS": HEADS, "KV_HEADS": KV_HEADS, "HALF": DIM // 2, "BLOCK_H": rope_tiles.HEADS_AT_ONCE, "BLOCK_D": DIM // 2
     }  # fmt: skip
     chain = {"N": 4, "K": 1, "BLOCK_N": 8, "BLOCK_K": 1}
-    residual = {"NODES": 5, "LAWS": 4, "V": VOCABULARY, **drawn}
     walk = {"DEPTH": 3, "K": 4, "BLOCK_A": 4, "BLOCK_K": 4}
     tree = accept.tree_tile(VOCABULARY)
     tree_warps, tree_registers = tree.pop("num_warps"), tree.pop("maxnreg")
     none, rope_warps = {"q_norm": None, "k_norm": None}, rope_tiles.num_warps(DIM)
-    untabled = {**residual, "K": 1, "BLOCK_K": 1, "TABLED": False, "law_row": None}
     untested = dict.fromkeys(("target_logprob", "draft_logprob", "seed", "sequences", "first_positions"))
     return (
         Variant("rope_append", "rope_append:rope_kernel", {**rope, "NORMED": False, **none}, rope_warps, "bf16"),
@@ -80,18 +76,31 @@ def variants() -> tuple[Variant, ...]:
         Variant("accept_tree", "accept:tree_kernel", {
             **walk, "NODES": 21, "LAWS": 13, "V": VOCABULARY, **tree}, tree_warps, max_registers=tree_registers),
         Variant("draw_gumbel", "sample_rows:gumbel_kernel", noisy, noisy_warps),
-        Variant("draw_inverse", "sample_rows:inverse_kernel", {"K": 0, "removed": None, "V": VOCABULARY, **drawn}, warps),
-        Variant("draw_inverse of what 3 left", "sample_rows:inverse_kernel", {"K": 3, "V": VOCABULARY, **drawn}, warps),
-        Variant("draw_residual of a chain", "sample_rows:residual_kernel", {**untabled, "POINT": False}, warps),
-        Variant("draw_residual of a tree", "sample_rows:residual_kernel", {
-            **residual, "K": 4, "BLOCK_K": 4, "TABLED": True, "POINT": False}, warps),
-        Variant("draw_residual of point masses", "sample_rows:residual_kernel", {
-            **untabled, "POINT": True, "draft": None, "draft_lse": None}, warps),
+        *_draws(),
         Variant("words", "noise:words_kernel", {"KIND": 0, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "i64"),
         Variant("gumbel", "noise:words_kernel", {"KIND": 1, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),
         Variant("uniform", "noise:uniform_kernel", {"BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),
         Variant("gumbel_argmax", "noise:argmax_kernel", noisy, noisy_warps),
     )  # fmt: skip
+
+
+def _draws() -> tuple[Variant, ...]:
+    """Draws by inverse distribution."""
+    tile = sample_tiles.tile(VOCABULARY)
+    launch: dict[str, Any] = {"num_warps": tile.pop("num_warps"), "max_registers": tile.pop("maxnreg")}
+    inverse: dict[str, Any] = {"V": VOCABULARY, **tile}
+    residual = {"NODES": 5, "LAWS": 4, **inverse}
+    chain = {**residual, "K": 1, "BLOCK_K": 1, "TABLED": False, "law_row": None}
+    tree = {**residual, "K": 4, "BLOCK_K": 4, "TABLED": True, "POINT": False}
+    points = {**chain, "POINT": True, "draft": None, "draft_lse": None}
+    kernel = "sample_rows:residual_kernel"
+    return (
+        Variant("draw_inverse", "sample_rows:inverse_kernel", {**inverse, "K": 0, "removed": None}, **launch),
+        Variant("draw_inverse of what 3 left", "sample_rows:inverse_kernel", {**inverse, "K": 3}, **launch),
+        Variant("draw_residual of a chain", kernel, {**chain, "POINT": False}, **launch),
+        Variant("draw_residual of a tree", kernel, tree, **launch),
+        Variant("draw_residual of point masses", kernel, points, **launch),
+    )
 
 
 def shipped(

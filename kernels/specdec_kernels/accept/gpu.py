@@ -16,7 +16,7 @@ from .reference import Accepted
 
 BLOCK = 2048  # tokens of both laws that a tree's program reads at once: with twice as many it spills
 TOKENS_PER_THREAD = 8
-MOST_REGISTERS = 255  # all there are: left to choose, Triton 3.9's assembler takes 128 and spills
+MOST_REGISTERS = 255  # all there are: left to choose, some assemblers take fewer and spill (Triton 3.6: sm_80; 3.9)
 
 
 def accept_chain_equal(tokens: Tensor, counts: Tensor, chosen: Tensor, out: Accepted | None = None) -> Accepted:

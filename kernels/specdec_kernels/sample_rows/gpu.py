@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..accept.gpu import check_laws
+from ..accept.gpu import MOST_REGISTERS, check_laws
 from ..accept.reference import Accepted
 from ..noise.gpu import check_out, check_places, noisy_block, noisy_warps, seed_tensor
 from ..row_lse.gpu import INTEGERS, block_of
@@ -92,12 +92,11 @@ def draw_residual(
 
 
 def tile(vocabulary: int) -> dict[str, int]:
-    """Block, how many of them (to a power of two), and warps."""
+    """Block, how many of them (to a power of two), warps, and the registers that a thread may use."""
     block = block_of(vocabulary, BLOCK)
     blocks = -(-vocabulary // block)
-    return {
-        "BLOCK": block, "BLOCKS": 1 << (blocks - 1).bit_length(), "num_warps": max(1, block // (32 * TOKENS_PER_THREAD))
-    }  # fmt: skip
+    warps = max(1, block // (32 * TOKENS_PER_THREAD))
+    return {"BLOCK": block, "BLOCKS": 1 << (blocks - 1).bit_length(), "num_warps": warps, "maxnreg": MOST_REGISTERS}
 
 
 def _check(
