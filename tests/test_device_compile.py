@@ -1,4 +1,4 @@
-"""Every kernel that a round launches compiles for a GPU that is not here, with the arguments that the round launches it with."""
+"""Every kernel that a round launches compiles for a GPU that is not here, with the arguments that the round gives it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def launches(config, law, monkeypatch):
     return found
 
 
-ROUNDS = [  # the first is compiled by the test: it launches almost everything. `python tests/test_device_compile.py` compiles all
+# the first is compiled by the test, and launches almost everything; `python tests/test_device_compile.py` compiles all
+ROUNDS = [
     ("model:4+8/3,2", {"temperature": 0.8}),
     ("model:4+8/chain2", {}), ("self:4+8/chain3", {"temperature": 0.8}), ("self:4+8/3,2,1", {"temperature": 0.8}),
     ("self:4+8/chain2", {"temperature": 0.8, "verifier": "coupled"}), ("self:4+8/2,2", {}),
