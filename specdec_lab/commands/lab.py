@@ -64,7 +64,8 @@ class Lab:
 
     def engine_for(self, args: Namespace) -> Engine:
         """The engine in use if the arguments name no other, else a new one, which is then in use."""
-        wanted = {name: value for name in ("model", "draft", "backend", *PLACEMENT) if (value := getattr(args, name, None))}
+        names = ("model", "draft", "backend", "forced_acceptance", *PLACEMENT)
+        wanted = {name: value for name in names if (value := getattr(args, name, None))}
         if (shape := getattr(args, "random_weights", None)) is not None:
             if "model" in wanted:
                 raise UserMistake(f"--random-weights {shape} is a model already; leave {wanted['model']} out")
@@ -93,7 +94,7 @@ class Lab:
             placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
             self.source = wanted.get("model", "demo"), wanted.get("draft")
             pair = self._load(*self.source, **placement)
-            return Engine(pair, wanted.get("backend", "auto"))
+            return Engine(pair, wanted.get("backend", "auto"), forced=wanted.get("forced_acceptance"))
 
     def check_idle(self, name: str) -> None:
         """Refuse to measure while another verb measures in the background; the same verb replaces its earlier run."""

@@ -24,6 +24,7 @@ from .backends import pick
 from .cache import check_fits
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
+from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner
 from .session import Session
@@ -61,11 +62,15 @@ class Engine:
     backend     "auto" or a name; the winner and the reasons against the others go into every run header
     instrument  False measures whole rounds only (to see what the instrumentation costs)
     clock       injected in tests
+    forced      how many drafts are accepted is left to chance ("0.8": each with chance 0.8), all else runs: for timing.
+                Every header is labelled, and nothing measured so is pooled with what is not
     """
 
     def __init__(
-        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None
+        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None,
+        forced: Forced | str | float | None = None,
     ) -> None:
+        self.forced = forced if forced is None or isinstance(forced, Forced) else Forced.parse(str(forced))
         self.pair, self.instrument = pair, instrument
         self.backend, self.refused = pick(backend, pair.target.need())
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
@@ -88,7 +93,8 @@ class Engine:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
         clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
-        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
+        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads,
+                          self.forced)
         return OpenSession(self, session, workload, clock)
 
     def check_memory(self, batch: int, tokens: int) -> None:
@@ -124,6 +130,8 @@ class Engine:
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
             "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
+        if self.forced is not None:
+            base["acceptance"] = self.forced.label
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
         }
@@ -156,7 +164,7 @@ class Engine:
         """What a reader of the numbers must know."""
         runners = (self.pair.target, self.pair.draft)
         made = [label for runner in runners if runner is not None for label in runner.labels]
-        labels = list(dict.fromkeys([*made, *workload.labels]))
+        labels = list(dict.fromkeys([*([self.forced.label] if self.forced else []), *made, *workload.labels]))
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:

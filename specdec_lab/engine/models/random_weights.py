@@ -143,8 +143,8 @@ def check_memory(name: str, config: Any, device: torch.device, dtype: torch.dtyp
     needed = shape.params * dtype.itemsize
     if free is not None and needed > free:
         raise ModelTooLarge(
-            f"the weights of {name} need {needed:,} bytes in {str(dtype).removeprefix('torch.')}, {free:,} are free on {device}; "
-            f"its KV needs {shape.kv_bytes_per_token(kv_dtype.itemsize):,} bytes per token besides, and no batch or length fits. "
+            f"the weights of {name} need {needed:,} bytes in {str(dtype).removeprefix('torch.')}, {free:,} are free on "
+            f"{device}; its KV needs {shape.kv_bytes_per_token(kv_dtype.itemsize):,} bytes per token besides. Nothing fits. "
             "Use a smaller model, a narrower dtype or a device with more memory."
         )
 
