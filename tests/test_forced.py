@@ -192,7 +192,7 @@ def test_reports_traces_and_live_views_say_forced(engine, tmp_path):
     from specdec_lab.view.report import write_report
 
     run = run_of(engine, CHAIN, "2x40", 12)
-    page = write_report([run], tmp_path / "r.html").read_text()
+    page = write_report(tmp_path / "r.html", [run]).read_text()
     assert "forced alpha 0.7" in page[page.index("<h1>") : page.index("</h1>")]
     assert "forced alpha 0.7" in json.dumps(perfetto(run)["traceEvents"][0])
     write_run(run, tmp_path / "t.jsonl")

@@ -76,7 +76,9 @@ class Engine:
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
         self._clock = clock
         self._versions = machine.versions()
-        self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
+        # ranks must make the same forwards, so none of them may try out thread counts
+        is_free = pair.target.device.type == "cpu" and pair.target.group is None
+        self.threads = Threads(torch.get_num_threads() if is_free else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:

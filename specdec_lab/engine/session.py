@@ -202,6 +202,8 @@ class Session:
         scores = self._target.score(tokens, reads, width, TARGET)
         self._clock.enter(Phase.ACCEPT)
         decision = judge(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise, self._forced)
+        if self._pair.target.group is not None:
+            self._pair.target.group.check_equal(torch.cat([decision.num_accepted[:, None], decision.tokens], 1))
         return decision, verify
 
     def _commit(self, decision: Decision, proposal: Proposal) -> Commit:

@@ -75,6 +75,7 @@ class HFRunner:
 
     kind = "hf"
     labels: tuple[str, ...] = ()
+    group = None
 
     def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None) -> None:
         from transformers import AttentionInterface
