@@ -226,6 +226,9 @@ def _placement(verb: Parser) -> None:
     verb.add_argument("--forced-acceptance", metavar="ALPHA",
                       help="accept each draft with this chance instead of testing it, all else runs: for timing; also "
                            "marginals:0.8,0.6 or ranks:0.6,0.2")
+    verb.add_argument("--tensor-parallel", type=spelled(parse_count), metavar="N",
+                      help="cut the target among N processes: torchrun --nproc-per-node N -m specdec_lab ...")
+    verb.add_argument("--shard", metavar="N/RANKS", help="one shard alone, for timing: 1/8; its tokens mean nothing")
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
 
 

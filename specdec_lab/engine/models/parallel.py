@@ -68,6 +68,8 @@ def why_not_cut(shape: ModelShape, ranks: int) -> str | None:
 class Group(Protocol):
     """How shards meet."""
 
+    ranks: int
+
     def sum(self, partial: Tensor) -> Tensor:
         """The sum over all ranks of a tensor of one shape."""
 
@@ -134,6 +136,11 @@ def join(ranks: int, device: torch.device) -> tuple[Shard, Processes]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
         raise ParallelError(f"--tensor-parallel {ranks}, but {world} processes were started; make them equal")
+    if device.type == "cuda":
+        local, there = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        if local >= there:
+            raise ParallelError(f"rank {rank} needs a GPU of its own, and this machine has {there}; start fewer processes")
+        torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Shard(rank, ranks), Processes(ranks)
