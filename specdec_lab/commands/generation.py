@@ -34,7 +34,8 @@ def run(lab: Lab, args: Namespace) -> StreamJob:
     with asked():
         workload = _workload(engine, args)
         stream = engine.steps(workload, config)
-        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if args.trace and is_first_rank() else []
+        is_traced = args.trace and is_first_rank()
+        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if is_traced else []
     pair = engine.pair
 
     def conclude(runs: Sequence[Run]) -> Outcome:

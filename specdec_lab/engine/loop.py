@@ -128,7 +128,8 @@ class Engine:
         cuda = torch.cuda.get_device_name() if target.device.type == "cuda" else None
         device = machine.device_name(cuda, threads)
         base = {
-            "device": device, "count": 1 if target.group is None else target.group.ranks, "target": target.fingerprint, "dtype": str(target.dtype),
+            "device": device, "count": 1 if target.group is None else target.group.ranks,
+            "target": target.fingerprint, "dtype": str(target.dtype),
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
             "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
