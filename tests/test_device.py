@@ -484,3 +484,16 @@ def test_the_stamp_kernel_compiles_for_gpus_that_are_not_here_and_reads_their_ti
         made = compile_kernel(gpu_kernels.stamp_kernel, signature, {}, sm, num_warps=1, unaligned=unaligned, name="stamp")
         assert not made.faults
         assert made.registers < 32
+
+
+@pytest.mark.parametrize("config", ["self:4+12/chain3", "model:full/chain2", "self:4+12/3,2", "model:4+8/tree:-1,0,-1,0,2"])
+@pytest.mark.parametrize("forced", ["0.7", "ranks:0.5,0.2"])
+def test_forced_acceptance_accepts_on_the_device_what_it_accepts_on_the_host(config, forced, pair):
+    workload = sd.Workload("forced", tiny.prompts([5, 33, 70]), 40, seed=4, temperature=0.8, stop_at_eos=False)
+    seen = {}
+    for rounds in ("host", "device"):
+        run = sd.record(sd.Engine(pair, forced=forced, rounds=rounds).steps(workload, config))
+        seen[rounds] = [(s.accepted, s.ranks) for s in run.rounds]
+        assert any("forced" in label for label in run.header.labels)
+    assert seen["device"] == seen["host"]
+    assert sum(sum(accepted) for accepted, _ in seen["host"]) > 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..records import Run, SpecConfig
 from ..workload import Sampling, Workload, from_file, from_text, held_out, random_context
 from .files import writable_file
-from .lab import Lab
+from .lab import Lab, is_first_rank
 from .mistakes import UserMistake, asked
 from .outcome import INTERRUPTED, OK, Outcome, StreamJob
 
@@ -27,14 +27,15 @@ def run(lab: Lab, args: Namespace) -> StreamJob:
 
     lab.check_idle("run")
     _check_source(args)
-    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto else None
+    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto and is_first_rank() else None
     with asked():
         config = configuration(args.config)
     engine = lab.engine_for(args)
     with asked():
         workload = _workload(engine, args)
         stream = engine.steps(workload, config)
-        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if args.trace else []
+        is_traced = args.trace and is_first_rank()
+        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if is_traced else []
     pair = engine.pair
 
     def conclude(runs: Sequence[Run]) -> Outcome:

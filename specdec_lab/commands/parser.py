@@ -95,7 +95,7 @@ def _run(verbs: Verbs) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch")
     source.add_argument("--file", metavar="FILE", help='a text file, or .jsonl with one {"text": ...} per line; - reads stdin')
-    source.add_argument("--workload", choices=LOADS, help="shipped held-out text, or random ids and KV (timing only); needs --cell")
+    source.add_argument("--workload", choices=LOADS, help="held-out text, or random ids and KV (timing); needs --cell")
     verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
     verb.add_argument("--config", default="off", metavar="CONFIG",
                       help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
@@ -146,6 +146,7 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
+    verb.add_argument("--allow-forced", action="store_true", help="write a policy although acceptance is forced")
     sampling_options(verb)
     choose_model(verb)
     offer_json(verb)
@@ -173,7 +174,7 @@ def _export(verbs: Verbs) -> None:
     verb.add_argument("--length", metavar="N", help="usual context of the deployment, for example 4k; or: each")
     verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                       help="of the engine, for example draft_model=my/draft")
-    verb.add_argument("--allow-labelled", action="store_true",
+    verb.add_argument("--allow-labelled", "--allow-forced", action="store_true",
                       help="export a policy labelled forced, random-weights or modelled")
     verb.add_argument("--out", metavar="DIR", help="write the files here instead of printing them")
     offer_json(verb)
@@ -223,6 +224,12 @@ def _placement(verb: Parser) -> None:
     verb.add_argument("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 (default: auto)")
     verb.add_argument("--kv-dtype", metavar="DTYPE", help="of keys and values in the cache (default: as --dtype)")
     verb.add_argument("--runner", choices=("auto", "fast", "hf"), help="fast: ours; hf: transformers' modules (default: auto)")
+    verb.add_argument("--forced-acceptance", metavar="ALPHA",
+                      help="accept each draft with this chance instead of testing it, all else runs: for timing; also "
+                           "marginals:0.8,0.6 or ranks:0.6,0.2")
+    verb.add_argument("--tensor-parallel", type=spelled(parse_count), metavar="N",
+                      help="cut the target among N processes: torchrun --nproc-per-node N -m specdec_lab ...")
+    verb.add_argument("--shard", metavar="N/RANKS", help="one shard alone, for timing: 1/8; its tokens mean nothing")
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
 
 

@@ -29,6 +29,7 @@ from .device.ops import ops_for
 from .device.plan import check_memory
 from .device.readings import SyncedNow
 from .device.session import ROUNDS_PER_READ, DeviceSession
+from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner
 from .session import DRAFT_MARGIN, Session
@@ -68,18 +69,23 @@ class Engine:
     clock       injected in tests
     rounds      "auto": captured as CUDA graphs where that can be, else on the host; "device" (elsewhere than on CUDA: eager),
                 "eager" or "host" by name
+    forced      how many drafts are accepted is left to chance ("0.8": each with chance 0.8), all else runs: for timing.
+                Every header is labelled, and nothing measured so is pooled with what is not
     """
 
     def __init__(
         self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None,
-        rounds: str = "auto",
+        rounds: str = "auto", forced: Forced | str | float | None = None,
     ) -> None:  # fmt: skip
+        self.forced = forced if forced is None or isinstance(forced, Forced) else Forced.parse(str(forced))
         self.pair, self.instrument = pair, instrument
         self.backend, self.refused = pick(backend, pair.target.need())
         self._draft_backend = pick(backend, pair.draft.need())[0] if pair.draft else None
         self._clock, self.rounds = clock, choose_rounds(rounds, pair)
         self._versions = machine.versions()
-        self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
+        # ranks must make the same forwards, so none of them may try out thread counts
+        is_free = pair.target.device.type == "cpu" and pair.target.group is None
+        self.threads = Threads(torch.get_num_threads() if is_free else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:
@@ -100,12 +106,12 @@ class Engine:
         clock = self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed))
         made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         if not self.rounds.on_device:
-            return OpenSession(self, Session(*made), workload, clock)
+            return OpenSession(self, Session(*made, self.forced), workload, clock)
         device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
         check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
         session = DeviceSession(
-            *made, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured", instrumented=self.instrument,
-            synced=synced,
+            *made, forced=self.forced, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured",
+            instrumented=self.instrument, synced=synced,
         )  # fmt: skip
         return OpenSession(self, session, workload, clock)
 
@@ -138,11 +144,14 @@ class Engine:
         cuda = torch.cuda.get_device_name() if target.device.type == "cuda" else None
         device = machine.device_name(cuda, threads)
         base = {
-            "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype),
+            "device": device, "count": 1 if target.group is None else target.group.ranks,
+            "target": target.fingerprint, "dtype": str(target.dtype),
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
             "backend": self.backend.name,
             "graphs": self.rounds.mode == "captured", "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
+        if self.forced is not None:
+            base["acceptance"] = self.forced.label
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
         }
@@ -175,7 +184,9 @@ class Engine:
         """What a reader of the numbers must know."""
         runners = (self.pair.target, self.pair.draft)
         made = [label for runner in runners if runner is not None for label in runner.labels]
-        labels = list(dict.fromkeys([*made, *workload.labels, *self.ceilings.labels]))
+        labels = list(dict.fromkeys([
+            *([self.forced.label] if self.forced else []), *made, *workload.labels, *self.ceilings.labels
+        ]))
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:

@@ -63,7 +63,7 @@ class MemoryPlan:
         return (
             f"the KV cache of {self.batch} sequences x {self.tokens} tokens needs {self.kv_bytes:,} bytes{beside}; "
             f"{self.free_bytes:,} are free on {device}. Use a smaller batch or length: "
-            + (f"at most {' or '.join(fits)} fit." if fits else "neither one sequence of this length nor this batch of any fits.")
+            + (f"at most {' or '.join(fits)} fit." if fits else "not even one sequence of this length fits.")
         )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .forced import Forced, forced_ranks
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw
 from .tree_layout import Layout
@@ -103,7 +104,8 @@ Step = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def decide_tree(
-    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
+    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise,
+    forced: Forced | None = None,
 ) -> Decision:
     """Accept a path of the tree given the target's scores [B, N+1] at root and nodes.
 
@@ -111,22 +113,58 @@ def decide_tree(
     """
     layout = proposal.layout
     assert layout is not None
+    wanted = None if forced is None else wanted_ranks(layout, first_position, noise, forced)
     if processor.is_greedy:
-        return _match_on_host(proposal, layout, scores.best)
+        return _match_on_host(proposal, layout, scores.best, wanted)
     if verifier == "coupled" or proposal.law is None:
         step = matching(proposal, layout, scores, first_position, processor, noise)
     else:
         step = testing(proposal, layout, proposal.law, scores, first_position, processor, noise, all_rows)
+    if wanted is not None:
+        step = _forcing(step, proposal, layout, wanted)
     return walk(layout, step, proposal.counts, all_rows)
 
 
-def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision:
-    """Descend to the children that equal the target's tokens best [B, N+1]: a few list look-ups, cheaper than tensors."""
+def wanted_ranks(layout: Layout, first_position: Tensor, noise: Noise, forced: Forced) -> Tensor:
+    """[B, depth] which child of the node reached at each depth is accepted where that is forced; 0 for none."""
+    device = first_position.device
+    within = torch.tensor(forced.ranks(max(layout.widest)), dtype=torch.float64, device=device)
+    positions = first_position[:, None] + torch.arange(layout.depth, device=device)
+    return forced_ranks(noise.uniform(positions, Purpose.FORCE), within)
+
+
+def _forcing(step: Step, proposal: Proposal, layout: Layout, wanted: Tensor) -> Step:
+    """Run `step`, and descend to the wanted child instead, where the row drafted it."""
+
+    def forced_step(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        rank, token = step(node, depth)
+        if layout.widest[depth] == 0:
+            return rank, token
+        children, exists = children_of(proposal, layout, node, depth)
+        at = (wanted[:, depth] - 1).clamp(min=0)[:, None]
+        there = (wanted[:, depth] > 0) & (at[:, 0] < children.shape[1])
+        at = at.clamp(max=children.shape[1] - 1)
+        there = there & exists.gather(1, at)[:, 0]
+        return torch.where(there, wanted[:, depth], 0), torch.where(there, children.gather(1, at)[:, 0], token)
+
+    return forced_step
+
+
+def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor, wanted: Tensor | None = None) -> Decision:
+    """Descend to the children that equal the target's tokens best [B, N+1]: a few list look-ups, cheaper than tensors.
+
+    wanted  [B, depth] ranks to descend to instead
+    """
     targets, device = best.tolist(), best.device
     exists = proposal.exists.tolist() if proposal.exists is not None else [None] * len(targets)
-    found = [_descend(layout, *row) for row in zip(targets, proposal.tokens.tolist(), exists, strict=True)]
+    forced = [None] * len(targets) if wanted is None else wanted.tolist()
+    drafts = proposal.tokens.tolist()
+    found = [_descend(layout, *row) for row in zip(targets, drafts, exists, forced, strict=True)]
     deepest = max(len(path) for path, _ in found)
-    tokens = [[row[node] for node in (0, *path)] for row, (path, _) in zip(targets, found, strict=True)]
+    tokens = [
+        [*(drafted[node - 1] for node in path), row[path[-1] if path else 0]]
+        for row, drafted, (path, _) in zip(targets, drafts, found, strict=True)
+    ]
     return Decision(
         torch.tensor([len(path) for path, _ in found], device=device), _padded(tokens, deepest + 1, device),
         _padded([path for path, _ in found], deepest, device), _padded([ranks for _, ranks in found], deepest, device),
@@ -134,9 +172,10 @@ def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision
 
 
 def _descend(
-    layout: Layout, targets: Sequence[int], tokens: Sequence[int], exists: Sequence[bool] | None
+    layout: Layout, targets: Sequence[int], tokens: Sequence[int], exists: Sequence[bool] | None,
+    wanted: Sequence[int] | None,
 ) -> tuple[list[int], list[int]]:
-    """The nodes below the root of one row that are the target's token behind their parent, and their ranks."""
+    """The nodes below the root of one row that are the target's token (or wanted) behind their parent, and their ranks."""
     path: list[int] = []
     ranks: list[int] = []
     node = 0
@@ -144,6 +183,10 @@ def _descend(
         equal = (rank for rank, child in enumerate(layout.children[node], start=1)
                  if tokens[child - 1] == targets[node] and (exists is None or exists[child - 1]))  # fmt: skip
         rank = next(equal, 0)
+        if wanted is not None and layout.children[node]:
+            rank = wanted[len(path)]
+            rank = rank if rank <= len(layout.children[node]) else 0
+            rank = rank if rank and (exists is None or exists[layout.children[node][rank - 1] - 1]) else 0
         if rank == 0:
             return path, ranks
         node = layout.children[node][rank - 1]

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..records import Run, RunHeader
+from ..records import Run, RunHeader, forced_label
 from ..summary import Comparison, compare
-from .figures import acceptance_per_position, step_strip
+from .figures import acceptance_per_position, step_strip, titled
 from .heatmap import HeatCell, HeatmapData, speedup_heatmap
 from .svg import XMLNS, acceptance_svg, strip_svg
 from .tables import html_table, quantity
@@ -60,6 +60,7 @@ def write_report(
     policy       a policy as plain data, as in its JSON file
     """
     found = compare(runs) if comparisons is None else comparisons
+    title = titled(title, *(run.header.labels for run in runs), (policy or {}).get("header", {}).get("labels", ()))
     sections = [
         _section("Against plain decoding", html_table(found)),
         *([_section("Best configuration per cell", _heat_section(policy))] if policy else []),
@@ -112,12 +113,18 @@ def _pictures(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _heat_section(policy: Mapping[str, Any]) -> str:
-    data = speedup_heatmap(policy.get("table", ()))
+    labels = policy.get("header", {}).get("labels", ())
+    data = speedup_heatmap(policy.get("table", ()), labels)
     reach = max((abs(z) for row in data.log2 for z in row if z is not None), default=1.0) or 1.0
     note = (
         "<p>Blue is faster than plain decoding, red slower, measured; italic: the interval includes 1x; empty: not tuned.</p>"
     )
-    return f"{_heat_table(data, reach)}{note}"
+    return f"{_heat_table(data, reach)}{note}{_forced_note(data.labels)}"
+
+
+def _forced_note(labels: Iterable[str]) -> str:
+    forced = forced_label(labels)
+    return f"<p><b>{escape(forced)}: no model accepted so much.</b></p>" if forced else ""
 
 
 def _heat_table(data: HeatmapData, reach: float) -> str:

@@ -67,6 +67,8 @@ def choose_rounds(asked: str, pair: ModelPair) -> Rounds:
 def why_not(pair: ModelPair) -> str | None:
     """None if rounds of this pair can run on the device, else the reason in words."""
     for runner in _runners(pair):
+        if runner.group is not None:
+            return f"{runner.name} is cut over ranks, whose sums between layers are not captured"
         if not isinstance(runner, FastLlama):
             return (f"{runner.name} runs through transformers, whose forwards are not ours to capture; load it with "
                     "runner='fast' if it is a Llama, Mistral, Qwen2 or Qwen3")  # fmt: skip

@@ -41,11 +41,13 @@ from ..attention import AttentionBackend
 from ..batch import Batch, Forward, count_forward
 from ..calibrate import Ceilings
 from ..clocks import Clock
+from ..forced import Forced
 from ..models.fast_llama import FastLlama
 from ..models.loading import ModelPair
 from ..session import FULL, Session
 from ..threads import Threads
 from .deciding import Deciding, TorchDeciding
+from .forced_deciding import ForcedDeciding
 from .forward import Net
 from .graphs import CapturedPlayers, EagerPlayers, Player, Players
 from .kernel_deciding import KernelDeciding
@@ -85,8 +87,8 @@ class DeviceSession(Session):
 
     def __init__(
         self, pair: ModelPair, backend: AttentionBackend, draft_backend: AttentionBackend | None, workload: Workload,
-        clock: Clock, ceilings: Ceilings, threads: Threads, *, ops: Ops, captured: bool, instrumented: bool = True,
-        synced: SyncedNow | None = None, rounds_per_read: int = ROUNDS_PER_READ, cuda: Any = torch.cuda,
+        clock: Clock, ceilings: Ceilings, threads: Threads, forced: Forced | None = None, *, ops: Ops, captured: bool,
+        instrumented: bool = True, synced: SyncedNow | None = None, rounds_per_read: int = ROUNDS_PER_READ, cuda: Any = torch.cuda,
         now: Callable[[], int] = time.perf_counter_ns,
     ) -> None:  # fmt: skip
         self._flights: deque[Flight] = deque()
@@ -95,14 +97,16 @@ class DeviceSession(Session):
         self._is_stale, self._has_flown, self._flown = True, False, SpecConfig.off()
         self._window, self._rounds_given, self._last_end_ns, self._captured_s = (-1, -1), 0, 0, 0.0
         self._caught_up: tuple[tuple[Forward, ...], int] = (), 0
-        super().__init__(pair, backend, draft_backend, workload, clock, ceilings, threads)
+        super().__init__(pair, backend, draft_backend, workload, clock, ceilings, threads, forced)
         self._ops, self._now, self._synced, self._rounds_per_read = ops, now, synced, rounds_per_read
         layers = max(runner.shape.layers for runner in (pair.target, pair.draft) if runner is not None)
         batch = self._batch
         self._state = DeviceState.of(batch.ids, sorted(self._eos), workload.max_new_tokens, rounds_per_read, layers)
         self._programs: dict[tuple[str, str], Program] = {}
         assert isinstance(pair.target, FastLlama)
-        self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, _deciding(batch, ops), instrumented)
+        deciding = _deciding(batch, ops)
+        deciding = deciding if forced is None else ForcedDeciding(deciding, forced, batch.noise)
+        self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, deciding, instrumented)
         self._players: Players = CapturedPlayers(self._stage, cuda) if captured else EagerPlayers(self._stage, "eager")
         on_cuda = pair.target.device.type == "cuda"
         self._post: Post = PinnedPost(self._state.log, FLIGHTS, cuda) if on_cuda else HostPost()

@@ -17,6 +17,7 @@ from specdec_kernels.decoder.cpu import Draw
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+from .parallel import Group
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
 INTERFACE = "specdec_lab"
@@ -75,6 +76,7 @@ class HFRunner:
 
     kind = "hf"
     labels: tuple[str, ...] = ()
+    group: Group | None = None
 
     def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None) -> None:
         from transformers import AttentionInterface

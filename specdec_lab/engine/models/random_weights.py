@@ -17,6 +17,7 @@ from torch import Tensor
 from ...records import RANDOM_WEIGHTS, fingerprint
 from ..cache import available_bytes
 from .fast_llama import FastLlama, expected_tensors
+from .parallel import Placement, ShardedWeights, shard_config
 from .runner import shape_of
 
 PREFIX = "random:"
@@ -143,19 +144,28 @@ def check_memory(name: str, config: Any, device: torch.device, dtype: torch.dtyp
     needed = shape.params * dtype.itemsize
     if free is not None and needed > free:
         raise ModelTooLarge(
-            f"the weights of {name} need {needed:,} bytes in {str(dtype).removeprefix('torch.')}, {free:,} are free on {device}; "
-            f"its KV needs {shape.kv_bytes_per_token(kv_dtype.itemsize):,} bytes per token besides, and no batch or length fits. "
+            f"the weights of {name} need {needed:,} bytes in {str(dtype).removeprefix('torch.')}, {free:,} are free on "
+            f"{device}; its KV needs {shape.kv_bytes_per_token(kv_dtype.itemsize):,} bytes per token besides. Nothing fits. "
             "Use a smaller model, a narrower dtype or a device with more memory."
         )
 
 
 def make(
-    name: str, config: Any, *, seed: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None
+    name: str, config: Any, *, seed: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None,
+    placement: Placement | None = None,
 ) -> FastLlama:
     """A FastLlama of this configuration with random weights; nothing is allocated if they do not fit."""
-    check_memory(name, config, device, dtype, kv_dtype or dtype)
     weights = RandomWeights(config, device, dtype, seed)
+    if placement is None:
+        check_memory(name, config, device, dtype, kv_dtype or dtype)
+        return FastLlama(
+            config, weights, name=name, device=device, dtype=dtype, kv_dtype=kv_dtype, fingerprint=weights.fingerprint,
+            labels=(RANDOM_WEIGHTS,),
+        )
+    cut = shard_config(config, shape_of(config), placement.shard.ranks)
+    check_memory(name, cut, device, dtype, kv_dtype or dtype)
     return FastLlama(
-        config, weights, name=name, device=device, dtype=dtype, kv_dtype=kv_dtype, fingerprint=weights.fingerprint,
-        labels=(RANDOM_WEIGHTS,),
+        cut, ShardedWeights(weights, placement.shard), name=name, device=device, dtype=dtype, kv_dtype=kv_dtype,
+        fingerprint=f"{weights.fingerprint}/{placement.shard.ranks}", labels=(RANDOM_WEIGHTS, *placement.labels),
+        shard=placement.shard, group=placement.group,
     )

@@ -21,6 +21,7 @@ from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+from .parallel import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Runner(Protocol):
     device: torch.device
     max_length: int  # positions the model was made for
     fingerprint: str
+    group: Group | None  # the ranks that this model is cut among
     labels: tuple[str, ...]  # what a reader of its numbers must know, for example "random-weights"
 
     def need(self) -> Need:
