@@ -18,7 +18,7 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
-from .records import Cell
+from .records import RANDOM_CONTEXT, Cell
 
 VERIFIERS = ("rejection", "coupled")
 KINDS = ("prose", "code", "revision", "conversation")
@@ -62,6 +62,8 @@ class Workload:
     turns           turns[k][row] is appended once every row has finished its reply to turn k: a growing conversation
     sequence_ids    the random stream of each row, 0..batch-1 when None: a row keeps its draws in any batch
     labels          what a reader of the numbers must know about the prompts, for example "repeated prompts"
+    context         "read", or "noise": the KV of the prompts is filled with seeded random numbers instead, labelled
+                    "random context"; for timing only, see random_context
     """
 
     name: str
@@ -76,8 +78,13 @@ class Workload:
     turns: tuple[tuple[Tokens, ...], ...] = ()
     sequence_ids: Tokens | None = None
     labels: tuple[str, ...] = ()
+    context: str = "read"
 
     def __post_init__(self) -> None:
+        if self.context not in ("read", "noise"):
+            raise ValueError(f"Workload.context must be read or noise, got {self.context!r}")
+        if self.context == "noise" and RANDOM_CONTEXT not in self.labels:
+            object.__setattr__(self, "labels", (*self.labels, RANDOM_CONTEXT))
         object.__setattr__(self, "prompts", _rows(self.prompts))
         object.__setattr__(self, "turns", tuple(_rows(turn) for turn in self.turns))
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -233,6 +240,17 @@ def held_out(
     prompts = _rows(row[: cell.length] for row in rows)
     sampling.setdefault("stop_at_eos", False)
     return Workload(kind, prompts, max_new_tokens, turns=tuple(turns), labels=labels, **sampling)
+
+
+def random_context(cell: Cell, vocabulary: int, *, max_new_tokens: int = 128, **sampling: Unpack[Sampling]) -> Workload:
+    """Prompts of random ids whose KV is filled with noise instead of being read: for timing a shape at a length at once.
+
+    Labelled "random context"; what is generated and accepted means nothing. stop_at_eos is False unless given.
+    """
+    rng = random.Random(sampling.get("seed", 0))
+    sampling.setdefault("stop_at_eos", False)
+    prompts = _rows(rng.choices(range(vocabulary), k=cell.length) for _ in range(cell.batch))
+    return Workload("random", prompts, max_new_tokens, context="noise", **sampling)
 
 
 Excerpts = tuple[Iterator[Tokens], Iterator[Tokens]]  # of one document: disjoint ones, then ones that overlap them

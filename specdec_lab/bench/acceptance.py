@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import machine
-from ..records import Cell, KvView, SpecConfig, StepRecord, TreeShape
+from ..records import Cell, KvView, SpecConfig, StepRecord, TreeShape, UnsupportedConfig
 from ..stream import record
 from ..trees import Counts, RankFit, best_tree, expected_tokens, fit_acceptance, observed
 from ..workload import Sampling, Workload
@@ -158,6 +158,8 @@ def measure_acceptance(
 
     sessions  of the same workload, sampling and new tokens, whose prompts need not be read again
     """
+    if (forced := engine.identity().base.get("acceptance")) is not None:
+        raise UnsupportedConfig(f"{forced}: there is nothing to measure. Load the engine without it.")
     sampling = sampling or {}
     config = drafting.config(probe_tree(width, depth))
     say(f"probing {drafting} at {cell}: {new_tokens} tokens of {cell.batch} sequences")

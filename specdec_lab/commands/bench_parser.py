@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from ..records import Cell, TreeShape, parse_count
-from .parser import WORKLOADS, Parser, Verbs, choose_model, offer_json
+from .parser import LOADS, WORKLOADS, Parser, Verbs, choose_model, offer_json
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts, split_names
 
 DEFAULT_ACTION = "race"
@@ -150,7 +150,7 @@ def _scaling(actions: Verbs) -> None:
                         help="default: self:4+60/chain3,self:4+252/chain4,model:4+124/chain3; off always runs beside them")
     action.add_argument("--widths", type=spelled(split_counts), metavar="N,...",
                         help="verified tokens measured in three spread cells (default: 1,2,4,5,8,9,16)")
-    action.add_argument("--workload", choices=WORKLOADS, help="shipped held-out text (default: prose)")
+    action.add_argument("--workload", choices=LOADS, help="shipped held-out text (default: prose), or random (timing only)")
     action.add_argument("--temperature", type=spelled(positive), metavar="T", help="sample at T (default: greedy)")
     action.add_argument("--verifier", choices=("rejection", "coupled"), help="when sampling (default: rejection)")
     action.add_argument("--seed", type=int, metavar="N", help="of sampling and of the places in the text (default: 0)")

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from ..policy import Estimate, Policy, Row, Rules, canonical
-from ..records import Cell, SpecConfig
+from ..records import Cell, SpecConfig, forced_label
 from .db import Measurement, read_file
 from .duel import Verdict, verdict
 from .grid import Protocol
@@ -84,10 +84,26 @@ def _geometric(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
 
 
+class ForcedAcceptance(ValueError):
+    """A policy from forced acceptance was not asked for: it would promise what no model was seen to accept."""
+
+
+def refuse_forced(labels: Iterable[str], allow_forced: bool) -> None:
+    """Raise ForcedAcceptance unless acceptance is measured or that it is not was said explicitly."""
+    forced = forced_label(labels)
+    if forced and not allow_forced:
+        raise ForcedAcceptance(
+            f"{forced}: a policy would promise what no model was seen to accept. Tune without, or say --allow-forced "
+            "(allow_forced=True) for a policy that carries the label"
+        )
+
+
 def assemble(
-    header: Mapping[str, Any], rules: Rules, states: Mapping[Cell, State], measurements: Iterable[Measurement]
+    header: Mapping[str, Any], rules: Rules, states: Mapping[Cell, State], measurements: Iterable[Measurement], *,
+    allow_forced: bool = False,
 ) -> Policy:
-    """The policy that these records support, for these cells."""
+    """The policy that these records support, for these cells; ForcedAcceptance where they are forced without leave."""
+    refuse_forced(header["labels"], allow_forced)
     protocol = Protocol(**header["protocol"])
     ours = [m for m in measurements if _belongs(m, header)]
     cells = {cell: CellEvidence.of(cell, ours) for cell, (state, _) in states.items() if state == "tuned"}
@@ -209,7 +225,7 @@ def verify(path: Path | str, folder: Path | str | None = None) -> tuple[str, ...
         records += contents.measurements
         if contents.sha256 != item["sha256"]:
             problems.append(f"{item['file']}: the first {item.get('bytes')} bytes are not those that the policy was made from")
-    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records)
+    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records, allow_forced=True)
     if rebuilt.dumps() != path.read_text(encoding="utf-8"):
         rows = zip(policy.table, rebuilt.table, strict=True)
         changed = [str(old.cell) for old, new in rows if canonical(old.to_dict()) != canonical(new.to_dict())]

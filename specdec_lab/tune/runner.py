@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..records import Cell, Identity, SpecConfig, UnsupportedConfig
+from ..records import Cell, Identity, SpecConfig, UnsupportedConfig, forced_label
 from .blocks import (
     MIN_SCORED,
     OFF,
@@ -134,7 +134,8 @@ class BlockRunner:
         value, error = log_speedup(block)
         summary = {**summarize_runs(block.candidate), "log_speedup": value, "log_speedup_se": error}
         ours = replace(blank, design=replace(design, pair_of=plain_id), summary=summary, warm=warm, **shared)
-        wrong = first_difference(block.plain, block.candidate) if self._set.temperature == 0 else None
+        is_comparable = self._set.temperature == 0 and forced_label(block.labels) is None  # forced drafts are emitted unseen
+        wrong = first_difference(block.plain, block.candidate) if is_comparable else None
         if wrong:
             ours = replace(ours, status="mismatch", reason=wrong)
         self._database.append(plain, ours)

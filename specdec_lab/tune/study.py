@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..policy import Policy, Rules
 from ..records import Cell, Identity, SpecConfig
-from .assemble import CellEvidence, State, assemble, choose_portfolio
+from .assemble import CellEvidence, State, assemble, choose_portfolio, refuse_forced
 from .blocks import Clock, Measure
 from .db import Database, Measurement, read_file
 from .duel import finalist, verdict
@@ -72,6 +72,7 @@ def tune(
     clock: Clock = time.perf_counter,
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    allow_forced: bool = False,
     now: Callable[[], str] = lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
 ) -> Policy:
     """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
@@ -80,14 +81,17 @@ def tune(
     run_dir      studies, raw samples, policy.json; called again with the same folder and plan it goes on where it stopped
     stop         asked between blocks; True, or an interrupt, ends the run: what is recorded stays, at most the running block
                  is lost, and the policy says `interrupted`
+    allow_forced write a policy although acceptance is forced; else that raises ForcedAcceptance before anything is measured
     raises       DatabaseError where records cannot be written; it carries the finished measurements
     """
     started = clock()
+    refuse_forced([str(identity.base.get("acceptance", ""))], allow_forced)
     database.flush()
     database.check_writable()
     with RunFolder(Path(run_dir), plan, identity, workload, temperature, seed) as folder, quiet_optuna():
         setting = Setting(folder.name, folder.path, identity, workload, temperature, seed, plan.protocol, clock, now)
         tuner = _Tuner(plan, BlockRunner(measure, database, setting), database, setting, folder, report, stop, started)
+        tuner.allow_forced = allow_forced
         try:
             tuner.run()
         except KeyboardInterrupt:
@@ -113,6 +117,7 @@ class _Tuner:
         self._race_s: dict[Cell, float] = {}
         self._race_blocks = plan.protocol.race_blocks
         self.interrupted = False
+        self.allow_forced = False
 
     @property
     def _deadline(self) -> float:
@@ -282,7 +287,8 @@ class _Tuner:
         evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
         records = [record for c in contents.values() for record in c.measurements]
         header = policy_header(self._database, self._set, self._labels(states, records), evidence)
-        return assemble(header, Rules(min_speedup=self._plan.protocol.min_speedup), states, records)
+        rules = Rules(min_speedup=self._plan.protocol.min_speedup)
+        return assemble(header, rules, states, records, allow_forced=self.allow_forced)
 
     def _why_ended(self) -> str:
         return "interrupted" if self.interrupted else "the budget ended"
