@@ -19,11 +19,12 @@ from .growmap import load_growmap
 from .importers import OptimizerConfig, load_acceptance, load_optimizer_config
 from .margin import Margin
 from .observed import observed
+from .probing import Drafting, probe_tree
 from .search import best_tree
 from .shape import expected_tokens, path_chances
 
 __all__ = [
-    "Acceptance", "ChainTimes", "Choice", "Counts", "Margin", "OptimizerConfig", "RankFit", "TreeFileError", "Walk", "best_tree", "choose",
-    "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config", "observed", "path_chances",
-    "rank_counts", "why_not_heap",
+    "Acceptance", "ChainTimes", "Choice", "Counts", "Drafting", "Margin", "OptimizerConfig", "RankFit", "TreeFileError", "Walk",
+    "best_tree", "choose", "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config",
+    "observed", "path_chances", "probe_tree", "rank_counts", "why_not_heap",
 ]  # fmt: skip

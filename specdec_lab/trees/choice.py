@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..records import TreeShape
@@ -22,7 +22,7 @@ CLEARLY = 1e-12  # a larger tree must beat a smaller one by more than rounding
 
 @dataclass(frozen=True, slots=True)
 class ChainTimes:
-    """What chains take where an engine drafts them otherwise than trees: seconds of a draft forward, and of a round's overhead."""
+    """Seconds of a draft forward, and of the overhead of a round, of chains that an engine drafts otherwise than trees."""
 
     draft_time: float
     overhead_time: float = 0.0
@@ -39,6 +39,7 @@ class Choice:
     reason           one sentence: what the runner-up reaches, and the marginal rule in numbers
     kept, left_out   the marginal rule for the least likely node kept and the likeliest one left out, verify time taken as even
                      between the sizes that were timed; None where there is no such node or no such size
+    chain, branching the fastest chain and the fastest tree that branches among all that were weighed
     """
 
     tree: TreeShape | None
@@ -48,6 +49,8 @@ class Choice:
     reason: str
     kept: Margin | None = None
     left_out: Margin | None = None
+    chain: Candidate | None = None
+    branching: Candidate | None = None
 
     @property
     def speedup(self) -> float:
@@ -99,7 +102,12 @@ def choose(
     return Choice(
         best.tree, best.tokens, best.break_even, search.method, explain(best, weighed, known),
         last_kept(best.tree, known, best.speedup, around), first_left_out(best.tree, known, cap, best.speedup, around),
+        _fastest(c for c in weighed if c.tree is not None and not c.branches), _fastest(c for c in weighed if c.branches),
     )  # fmt: skip
+
+
+def _fastest(candidates: Iterable[Candidate]) -> Candidate | None:
+    return max(candidates, key=lambda candidate: candidate.speedup, default=None)
 
 
 def _trees(

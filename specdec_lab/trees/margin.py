@@ -16,7 +16,7 @@ from .shape import path_chances
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """One node: f(v), the chance that it is on the accepted path, and the tokens that its time yields at the pace of the choice."""
+    """One node: f(v), its chance to be on the accepted path, and the tokens that its time yields at the pace of the choice."""
 
     chance: float
     worth: float
