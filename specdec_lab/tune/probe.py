@@ -30,6 +30,7 @@ class ProbePlan:
 
     share: float = 0.15  # of a cell's share of the budget
     least_s: float = 1.5  # a cell that may spend less is not probed
+    most_s: float = 60.0  # more would tell nothing that a race does not
     chains: tuple[int, ...] = (4, 2, 1, 7)
     widths: tuple[int, ...] = (8, 2, 4, 16)
     nodes: tuple[int, ...] = (12, 6, 25, 4, 14, 7, 41)
@@ -52,7 +53,7 @@ class ProbePlan:
     def seconds(self, share_s: float) -> float:
         """What a cell's probe may take; 0 where that is too little to say anything."""
         wanted = share_s * self.share
-        return wanted if wanted >= self.least_s else 0.0
+        return min(wanted, self.most_s) if wanted >= self.least_s else 0.0
 
     def runs(self, configs: Sequence[SpecConfig], cell: Cell) -> tuple[SpecConfig, ...]:
         """What to run for these candidates, the most telling first: acceptance, then times, then further views."""
