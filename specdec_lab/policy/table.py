@@ -100,7 +100,7 @@ class Row:
 
     @property
     def why(self) -> str:
-        """Why this tree, chain or plain decoding, in a sentence with the marginal rule in numbers; empty where nobody composed."""
+        """Why this tree, chain or plain decoding, with the marginal rule in numbers; empty where nobody composed."""
         return str(self.details.get("why", ""))
 
     @classmethod

@@ -38,11 +38,13 @@ class ProbePlan:
     depth: int = 4
     views: int = 3  # of each drafter
     wide_weight: int = 3  # seconds of a wide run, in those of another: acceptance needs the most rounds
+    warm_share: float = 0.3  # of its time that a run may take to warm up
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise ValueError(f"ProbePlan.share must lie between 0 and 1, got {self.share}")
-        if min(self.ranks, self.depth, self.views) < 1 or not self.chains or min((*self.chains, *self.widths)) < 1 or min(self.nodes, default=2) < 2:
+        least = min((self.ranks, self.depth, self.views, *self.chains, *self.widths))
+        if not self.chains or least < 1 or min(self.nodes, default=2) < 2:
             raise ValueError(f"ProbePlan needs a chain, counts of at least 1, and at least 2 nodes, root counted, got {self}")
 
     @property
@@ -54,6 +56,11 @@ class ProbePlan:
         """What a cell's probe may take; 0 where that is too little to say anything."""
         wanted = share_s * self.share
         return min(wanted, self.most_s) if wanted >= self.least_s else 0.0
+
+    def shares(self, runs: Sequence[SpecConfig], seconds: float) -> tuple[float, ...]:
+        """Scored seconds of each of these runs."""
+        weights = [self.wide_weight if config.tree == self.wide else 1 for config in runs]
+        return tuple((1 - self.warm_share) * seconds * weight / sum(weights) for weight in weights)
 
     def runs(self, configs: Sequence[SpecConfig], cell: Cell) -> tuple[SpecConfig, ...]:
         """What to run for these candidates, the most telling first: acceptance, then times, then further views."""

@@ -157,13 +157,12 @@ class _Tuner:
         if not seconds or self._plan.probe is None or cell in self._folder.proposed:
             return
         runs = (SpecConfig.off(), *self._plan.probe.runs(self._plan.configs[cell], cell))
-        weights = [self._plan.probe.wide_weight if config.tree == self._plan.probe.wide else 1 for config in runs]
         until = self._set.clock() + seconds
-        for config, weight in zip(runs, weights, strict=True):
+        for config, scored_s in zip(runs, self._plan.probe.shares(runs, seconds), strict=True):
             if self._is_over() or self._set.clock() >= until:
                 break
             self._report(cell, str(config), "probe", 0, None)
-            record = self._runner.probe(cell, config, seconds * weight / sum(weights))
+            record = self._runner.probe(cell, config, scored_s)
             self._report(cell, str(config), "probe", 0, record)
         if not self.interrupted:
             found = compose(cell, [m for m in self._database if self._runner.is_ours(m)])
