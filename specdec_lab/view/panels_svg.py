@@ -185,8 +185,12 @@ class _Plot:
 
     def _beside(self, series: Points, at: Sequence[tuple[float, float]]) -> list[str]:
         """Words beside markers, series above and below in turn; and an unseen disc per point that says more when pointed at."""
-        away = -9 if series.style % 2 == 0 else 17
-        words = [_text(x, y + away, word, self._ink, "middle") for (x, y), word in zip(at, series.words, strict=False) if word]
+        below = series.style % 2
+        away = [17 if below and y + 17 < self._foot else -9 for _, y in at]
+        words = [
+            _text(x, y + by, word, self._ink, "middle")
+            for (x, y), by, word in zip(at, away, series.words, strict=False) if word
+        ]  # fmt: skip
         discs = [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill-opacity="0"><title>{escape(text)}</title></circle>'
             for (x, y), text in zip(at, series.hover, strict=False)

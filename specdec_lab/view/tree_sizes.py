@@ -13,10 +13,11 @@ from typing import Any
 from ..records import Cell, SpecConfig
 from .panels import COLOURS, Panel, Picture, Points
 
+LONGEST = 60  # characters of a configuration in a picture
 TITLE = "Tree size against context: what was confirmed to be fastest"
 NOTES = (
-    "Root counted: plain decoding (off) is 1 node and 1 level, a chain has as many levels as nodes. Filled: confirmed by "
-    "measurement. Hollow: composed from measured parts, not confirmed.",
+    "Root counted: plain decoding (off) is 1 node and 1 level, a chain has as many levels as nodes; points without a "
+    "word are trees that branch. Filled: confirmed by measurement. Hollow: composed from measured parts, not confirmed.",
     "A node pays if its chance to be on the accepted path exceeds the tokens that its time is worth at the pace of the whole.",
 )
 
@@ -51,7 +52,8 @@ class TreeSize:
     def words(self) -> str:
         """All of it, for who points at it."""
         head = f"{self.cell}: {self.kind}, {self.nodes} nodes, {self.levels} levels, {self.speedup:.2f}x ({self.how})"
-        return "\n".join(filter(None, (head, self.config, self.rule)))
+        spelled = self.config if len(self.config) <= LONGEST else f"{self.config[:LONGEST]}..."
+        return "\n".join(filter(None, (head, spelled, self.rule)))
 
 
 def tree_sizes(table: Iterable[Mapping[str, Any]]) -> tuple[TreeSize, ...]:
@@ -82,8 +84,8 @@ def _rule(config: str, why: str, composed: Mapping[str, Any] | None) -> str:
 def _node(name: str, margin: Mapping[str, float] | None) -> str:
     if margin is None:
         return ""
-    sign = ">" if margin["chance"] > margin["worth"] else "<"
-    return f"{name}: accepted with chance {margin['chance']:.4f} {sign} {margin['worth']:.4f} tokens that its time is worth"
+    chance, worth = margin["chance"], max(margin["worth"], 0.0)  # larger forwards that were timed shorter: noise, or a cliff
+    return f"{name}: accepted with chance {chance:.4f} {'>' if chance > worth else '<'} {worth:.4f} tokens, its time's worth"
 
 
 def sizes_picture(sizes: Iterable[TreeSize], where: str = "") -> Picture:
@@ -106,7 +108,7 @@ def _line(line: tuple[TreeSize, ...], style: int, *, is_nodes: bool) -> Points:
     return Points(
         str(line[0].cell.batch), style % len(COLOURS), tuple(float(size.cell.length) for size in line), y, y, y,
         tuple(size.how != "measured" for size in line), joined=True,
-        words=tuple(size.kind if is_nodes else "" for size in line), hover=tuple(size.words for size in line),
+        words=tuple("" if size.kind == "tree" else size.kind for size in line), hover=tuple(size.words for size in line),
     )  # fmt: skip
 
 
