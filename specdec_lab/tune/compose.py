@@ -20,6 +20,7 @@ LEVELS = 9  # of the trees that are weighed, root's counted: deeper ones extrapo
 MIN_EXAMINED = 40  # examined nodes, before acceptance by rank is believed
 MAX_PROPOSALS = 5
 HOPEFUL = 0.93  # of the best composed speed-up: what is expected below it is not worth a race
+OTHER_KIND = 0.8  # the same for the best tree beside a chain, or the best chain beside a tree
 
 Counted = tuple[Counts, ...]  # by depth of the examined node
 
@@ -173,9 +174,9 @@ def _proposals(found: Sequence[tuple[Drafting, Choice]]) -> tuple[Proposal, ...]
             if candidate is not None and candidate.tree is not None:
                 group.append(Proposal(drafting.config(candidate.tree), candidate.speedup))
     ranked = [sorted(group, key=lambda p: (-p.speedup, str(p.config))) for group in (chains, trees)]
-    leaders = [group[0] for group in ranked if group]
-    mark = HOPEFUL * max((p.speedup for p in leaders), default=0.0)
-    others = [p for group in ranked for p in group[1:] if p.speedup >= mark]
+    most = max((group[0].speedup for group in ranked if group), default=0.0)
+    leaders = [group[0] for group in ranked if group and group[0].speedup >= OTHER_KIND * most]
+    others = [p for group in ranked for p in group[1:] if p.speedup >= HOPEFUL * most]
     by_speed = sorted(others, key=lambda p: (-p.speedup, str(p.config)))
     return tuple((*sorted(leaders, key=lambda p: (-p.speedup, str(p.config))), *by_speed)[:MAX_PROPOSALS])
 

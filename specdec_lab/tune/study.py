@@ -173,7 +173,8 @@ class _Tuner:
         composed = self._folder.proposed.get(cell, ())
         nearest, starts = self._neighbours(cell), self._starts(cell)
         first, *others = [*nearest, *starts]
-        priors = (first, *composed, *starts, *others)  # the nearest winner sets the mark for the guesses
+        # the nearest winner sets the mark for the guesses; a cell counts as tuned once all starting points were raced
+        priors = (first, *composed[:2], *starts, *composed[2:], *others)
         configs = with_trees(self._plan.configs[cell], (*composed, *nearest), cell)
         search = CellSearch(self._storage, cell, configs, priors, self._set.seed, self._plan.protocol)
         self._leader = search.best
