@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import specdec_lab as sd
-from specdec_lab.bench.acceptance import Drafting
 from specdec_lab.bench.tree_yield import measure_yields, plain_trees
 from specdec_lab.cli import main
 from specdec_lab.records import TreeShape
 from specdec_lab.stream import record
+from specdec_lab.trees import Drafting
 from specdec_lab.workload import held_out
 
 

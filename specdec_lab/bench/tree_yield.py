@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .. import machine
 from ..records import Cell, Run, TreeShape
 from ..stream import record
-from ..trees import best_tree, expected_tokens
+from ..trees import Drafting, best_tree, expected_tokens
 from ..workload import Sampling
-from .acceptance import AcceptanceReport, Drafting, measure_acceptance
+from .acceptance import AcceptanceReport, measure_acceptance
 from .sessions import Sessions
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..policy import Policy
 from ..records import Cell, fingerprint
-from ..tune import Database, Plan, Progress, Protocol, find_database, make_plan, tune
+from ..tune import SNAPKV_BUDGETS, Database, Plan, ProbePlan, Progress, Protocol, find_database, make_plan, tune
 from ..tune.assemble import refuse_forced
 from ..tune.folder import RunFolder
 from ..workload import Sampling, Workload
@@ -73,7 +73,11 @@ def prepare(
     sampling = sampling or {}
     sessions = Sessions(engine, texts or workload, sampling=sampling)
     identity, pair = engine.identity(), engine.pair
-    plan = make_plan(batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol)
+    has_lists = engine.backend.why_not(replace(pair.target.need(), index_list=True)) is None
+    plan = make_plan(
+        batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol,
+        snapkv=SNAPKV_BUDGETS if has_lists else (), probe=ProbePlan(),
+    )  # fmt: skip
     draft = pair.draft.name if pair.draft else "model"
     temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed", 0)
     same = (plan.to_dict(), identity.base, identity.drafters, temperature, seed)

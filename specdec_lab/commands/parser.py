@@ -154,12 +154,14 @@ def _tune(verbs: Verbs) -> None:
 
 def _policy(verbs: Verbs) -> None:
     verb = verbs.add(
-        "policy", "show a policy, explain an answer of it, or check it against this machine", "show", "show 8x4k",
-        "explain 4x2k --policy runs/demo/policy.json", "check", handler="policies:policy",
+        "policy", "show a policy, explain an answer, draw its trees, or check it against this machine", "show", "show 8x4k",
+        "explain 4x2k --policy runs/demo/policy.json", "trees --out trees.svg", "check", handler="policies:policy",
     )
-    verb.add_argument("action", choices=("show", "explain", "check"), help="what to do")
+    verb.add_argument("action", choices=("show", "explain", "trees", "check"),
+                      help="trees: how large a tree pays where, and why")
     verb.add_argument("cell", nargs="?", type=spelled(Cell.parse), metavar="CELL", help="batch and length: 8x4k")
     verb.add_argument("--policy", metavar="FILE", help="default: policy.json, as tune writes it")
+    verb.add_argument("--out", metavar="FILE", help="of trees: write the picture here, .svg or .html")
     choose_model(verb)
     offer_json(verb)
 

@@ -16,8 +16,8 @@ FILE = "trees.jsonl"
 
 def trees(lab: Lab, args: Namespace) -> Outcome:
     """Measure; `--save` appends the row to the database's bench folder."""
-    from ..bench.acceptance import Drafting
     from ..bench.tree_yield import DRAFTINGS, measure_yields
+    from ..trees import Drafting
     from ..tune import find_database
     from ..tune.db import append_lines
 

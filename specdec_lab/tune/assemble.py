@@ -14,6 +14,7 @@ from typing import Any
 
 from ..policy import Estimate, Policy, Row, Rules, canonical
 from ..records import Cell, SpecConfig, forced_label
+from .compose import compose
 from .db import Measurement, read_file
 from .duel import Verdict, verdict
 from .grid import Protocol
@@ -42,7 +43,8 @@ class CellEvidence:
         for record in good:
             if "log_speedup" in record.summary:
                 blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
-        return cls(cell, tuple(record for record in good if record.config == "off"), blocks)
+        plain = tuple(record for record in good if record.config == "off" and "tokens_per_s" in record.summary)
+        return cls(cell, plain, blocks)
 
     def duel(self, config: str, protocol: Protocol) -> Verdict | None:
         """The verdict of a complete duel."""
@@ -110,8 +112,18 @@ def assemble(
     portfolio = choose_portfolio(cells.values(), protocol)
     rows = []
     for cell, (state, reason) in sorted(states.items()):
-        rows.append(_row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason))
+        row = _row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason)
+        rows.append(_explained(row, ours))
     return Policy(header, rules, portfolio, tuple(rows))
+
+
+def _explained(row: Row, records: Sequence[Measurement]) -> Row:
+    """The row with what the parts of its cell promised and why, where they were probed."""
+    composition = None if row.state == "infeasible" else compose(row.cell, records)
+    if composition is None:
+        return row
+    why = composition.why(row.config or str(composition.best.config))
+    return replace(row, details={**row.details, "why": why, "composed": composition.to_dict()})
 
 
 def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
