@@ -9,6 +9,7 @@ from .held_out import HeldOutText as HeldOutText
 from .held_out import read_held_out as read_held_out
 from .kinds import KINDS as KINDS
 from .kinds import held_out as held_out
+from .needle import asked_later as asked_later
 from .needle import needles as needles
 from .needle import retrieved_share as retrieved_share
 from .prompts import VERIFIERS as VERIFIERS

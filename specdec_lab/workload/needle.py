@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Unpack
 
@@ -50,6 +51,18 @@ def needles(
         answers.append(asked[KEY_TOKENS:])
     sampling.setdefault("stop_at_eos", False)
     return Workload(NEEDLE, tuple(prompts), max_new_tokens, answers=tuple(answers), labels=prose.labels, **sampling)
+
+
+def asked_later(workload: Workload) -> Workload:
+    """A conversation from a needle workload: the first turn continues its text, the question comes in the second.
+
+    What was tuned on ordinary text meets retrieval in the middle of a run. The answers are those of the second turn.
+    """
+    if not workload.answers or workload.turns:
+        raise ValueError(f"workload {workload.name!r} asks for no needle in its only turn")
+    texts = tuple(prompt[:-KEY_TOKENS] for prompt in workload.prompts)
+    keys = tuple(prompt[-KEY_TOKENS:] for prompt in workload.prompts)
+    return replace(workload, prompts=texts, turns=(keys,))
 
 
 def retrieved_share(workload: Workload, made: Sequence[Sequence[int]]) -> float:
