@@ -27,7 +27,7 @@ from . import corpus
 from .train_demo import BATCH_TOKENS, CONTEXT, HOME, VOCABULARY, Plan, init_weights, read_tokenizer, save, train
 
 # (share of the token budget, crop length, share of crops whose positions jump)
-PHASES = ((0.75, 256, 0.5), (0.15, 1024, 0.5), (0.10, 4096, 0.0))
+PHASES = ((0.6, 256, 0.5), (0.25, 1024, 0.5), (0.15, 4096, 0.0))
 KEY_TOKENS = 4
 CHECKED_LENGTHS = (512, 1024, 2048, 4096)
 HEAD_DIM = 64
@@ -158,7 +158,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, length: int, *, seed
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """AdamW throughout: Muon's steps are of one size for every matrix and would wash the initial circuit out."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return [optimizer]
