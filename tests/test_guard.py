@@ -7,7 +7,7 @@ import pytest
 
 from builders import round_step
 from specdec_lab.policy.guard import FALSE_ALARM_ROUNDS, Watch, reaction_rounds
-from test_policy import FULL, GRID, NGRAM, WINDOW, feed, policy, row
+from test_policy import FULL, NGRAM, WINDOW, feed, policy, row
 
 FOREVER = 10**9  # a window that never fills: the sequential test alone
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 
 import specdec_lab as sd
-from specdec_lab.demo.train_needle import CHECKED_LENGTHS, HOME, Haystacks, accuracy, loss, make_config, make_optimizers, write_circuit
+from specdec_lab.demo.train_needle import (
+    CHECKED_LENGTHS,
+    HOME,
+    Haystacks,
+    accuracy,
+    loss,
+    make_config,
+    make_optimizers,
+    write_circuit,
+)
 from specdec_lab.policy import Estimate, Policy, Row, Rules
 from specdec_lab.policy.guard import reaction_rounds
 from specdec_lab.records import Cell

@@ -1,7 +1,7 @@
 """Train the shipped retrieval model: `python -m specdec_lab.demo.train_needle`, minutes on one core.
 
-Two layers start from an induction circuit that is written into their weights (write_circuit) and learn to use it beside a little
-of the demo text. Every sequence is text of the train split that holds a few needles, keys followed by values of tokens that
+Two layers start from an induction circuit that is written into their weights (write_circuit) and learn to use it beside a
+little of the demo text. Every sequence is text of the train split that holds a few needles, keys followed by values of tokens that
 occur nowhere else in it, each again further on: the second time the key foretells the value. Short crops have jumps in their
 positions, so that they teach long distances too. Schedules run on tokens and draws on the seed. Not known here: the engine.
 """
@@ -59,7 +59,8 @@ def write_circuit(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     before, on the slow rotary pairs only, so that distance hardly matters, and passes on what stood there.
     """
     d, half = HEAD_DIM, HEAD_DIM // 2
-    frequencies = model.config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)
+    rope: Any = model.config.rope_parameters
+    frequencies = rope["rope_theta"] ** -(torch.arange(half) / half)
     slow = int((frequencies > SLOWEST).sum())  # pairs from here on turn by less than half a radian over the whole context
     dims = torch.cat([torch.arange(slow, half), torch.arange(slow + half, d)])
     first, second = (layer.self_attn for layer in model.model.layers)
@@ -120,8 +121,11 @@ class Haystacks:
         cuts = sorted(self.rng.randrange(room + 1) for _ in items)
         spare = CONTEXT - length if jumps else 0
         leaps = sorted(self.rng.randrange(spare + 1) for _ in items)
-        tokens, targets, positions, seen, done = [], [], [], set(), 0
-        offset = 0
+        tokens: list[int] = []
+        targets: list[int] = []
+        positions: list[int] = []
+        seen: set[int] = set()
+        done = offset = 0
         for item, cut, leap in zip(items, cuts, leaps, strict=True):
             tokens += [*text[done:cut], *item]
             known = item[0] in seen
@@ -195,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         return loss(model, inputs, targets, bf16)
 
     crops, plan = Haystacks(stream, arguments.seed), Plan(PHASES)
-    losses = train(model, step_loss, crops, plan, arguments.tokens, arguments.bf16, arguments.checkpoint, report, make_optimizers)
+    losses = train(
+        model, step_loss, crops, plan, arguments.tokens, arguments.bf16, arguments.checkpoint, report, make_optimizers
+    )
     save(model, tokenizer, arguments.out)
     saved = LlamaForCausalLM.from_pretrained(arguments.out).eval()
     record = {

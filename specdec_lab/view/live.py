@@ -21,8 +21,8 @@ from ..stream import Sink, Stream, record
 from ..summary import Comparison, compare
 from ..trace import TraceWriter
 from .fallback import run_html
-from .notes import notes_text, policy_notes
 from .forms import display_form, is_notebook
+from .notes import notes_text, policy_notes
 from .publisher import Publisher
 from .tables import render_table
 

@@ -109,6 +109,7 @@ def _draw_rows(
 
 
 def encode_part(tokenizer: Tokenizer, text: str, specials: Tokens) -> Tokens:
+    """Tokens of a part of a text: what the tokenizer puts before a whole one is left out."""
     tokens = tuple(tokenizer.encode(text))
     return tokens[len(specials) :] if specials and tokens[: len(specials)] == specials else tokens
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Unpack
+from typing import Any, Unpack, cast
 
 from ..records import Cell
 from .held_out import encode_part, held_out_text, read_held_out
@@ -95,8 +95,8 @@ def _known_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _draw_needles(text: Tokens, tokenizer: Tokenizer, count: int, value: int, rng: random.Random) -> list[Tokens]:
-    used = set(text)
-    free = [t for t in _known_tokens(tokenizer) if t not in used]
+    used, hashable = set(text), cast(Any, tokenizer)
+    free = [t for t in _known_tokens(hashable) if t not in used]
     size = KEY_TOKENS + value
     if len(free) < count * size:
         raise ValueError(

@@ -52,7 +52,8 @@ def load(
 ) -> ModelPair:
     """The pair to speculate with.
 
-    model, draft  "demo" (the shipped pair), "needle" (the shipped retrieval model, without a draft), a folder, a hub name, or a transformers causal LM
+    model, draft  "demo" (the shipped pair), "needle" (the shipped retrieval model, without a draft), a folder, a hub name, or a
+                  transformers causal LM
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
@@ -70,8 +71,8 @@ def load(
         name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
     elif isinstance(model, str) and model == "needle":
         if not (DEMO / "needle" / "model.safetensors").exists():
-            raise ModelNotFound("the shipped retrieval model is missing from this installation; reinstall specdec_lab, or train "
-                                "it with `python -m specdec_lab.demo.train_needle`")
+            raise ModelNotFound("the shipped retrieval model is missing from this installation; reinstall specdec_lab, or "
+                                "train it with `python -m specdec_lab.demo.train_needle`")
         name, model = "needle", DEMO / "needle"
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
