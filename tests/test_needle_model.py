@@ -24,7 +24,8 @@ from specdec_lab.summary import summarize
 from specdec_lab.view.notes import policy_notes
 from specdec_lab.workload import asked_later, held_out, retrieved_share
 
-WINDOW, SNAPKV, REFRESHED, NGRAM = "self:4+60/chain4", "self:snapkv128+32/chain4", "self:snapkv128+32r8/chain4", "ngram/chain4"
+WINDOW, NGRAM = "self:4+60/chain4", "ngram/chain4"
+SNAPKV, REFRESHED = "self:snapkv128+32/chain4", "self:snapkv128+32r8/chain4"
 BREAK_EVEN = 1.9  # made up, for the policy of the test
 
 
@@ -75,11 +76,12 @@ def test_a_window_collapses_on_retrieval_and_n_grams_do_not(runs):
 def made_policy(identity):
     """A policy as if tuned on prose, where the window is the best and n-grams pay a little; its numbers are made up."""
     estimates = {
-        WINDOW: Estimate(1.5, (1.4, 1.6), "measured", ("m-1",), BREAK_EVEN), NGRAM: Estimate(1.1, (1.05, 1.2), "measured", ("m-2",), 1.05)
+        WINDOW: Estimate(1.5, (1.4, 1.6), "measured", ("m-1",), BREAK_EVEN),
+        NGRAM: Estimate(1.1, (1.05, 1.2), "measured", ("m-2",), 1.05),
     }
     row = Row(
-        Cell(1, 512), "tuned", config=WINDOW, speedup=1.5, speedup_ci95=(1.4, 1.6), tokens_per_s=150.0, baseline_tokens_per_s=100.0,
-        estimates=estimates, details={"num_trials": 2},
+        Cell(1, 512), "tuned", config=WINDOW, speedup=1.5, speedup_ci95=(1.4, 1.6), tokens_per_s=150.0,
+        baseline_tokens_per_s=100.0, estimates=estimates, details={"num_trials": 2},
     )
     header = {
         "created": "2026-01-02T03:04:05Z", "device": identity.device, "versions": {}, "base": identity.base_fingerprint,
