@@ -162,7 +162,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, length: int, *, seed
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """AdamW throughout: Muon's steps are of one size for every matrix and would wash the initial circuit out."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return [optimizer]

@@ -111,6 +111,8 @@ def fallen_back(cell: str, draft: str, stand_in: str, at: int, count: int, *, pa
         for i, step in enumerate([*rounds(cell, draft, at, seed=1), *rounds(cell, stand_in, count - at, seed=1, start=at)]):
             if pace_s:
                 time.sleep(pace_s)
+            if at - 38 <= i < at:
+                step = replace(step, accepted=(0,) * step.batch, tokens=((0,),) * step.batch)
             yield replace(step, index=i, note=words if i == at else "")
 
     return Stream(header(cell, "policy"), steps())
