@@ -1,10 +1,9 @@
 """Train the shipped retrieval model: `python -m specdec_lab.demo.train_needle`, minutes on one core.
 
 Two layers start from an induction circuit that is written into their weights (write_circuit) and learn to use it beside a
-little of the demo text. Every sequence is text of the train split that holds a few needles, keys followed by values of tokens
-that occur nowhere else in it, each again further on: the second time the key foretells the value. Short crops have jumps in
-their positions, so that they teach long distances too. Schedules run on tokens and draws on the seed.
-Not known here: the engine.
+little of the demo text. Every sequence is text of the train split that holds a few needles, keys followed by values of tokens that
+occur nowhere else in it, each again further on: the second time the key foretells the value. Short crops have jumps in their
+positions, so that they teach long distances too. Schedules run on tokens and draws on the seed. Not known here: the engine.
 """
 
 from __future__ import annotations
