@@ -379,7 +379,6 @@ class StepRecord:
     verify_threads: int = 0
     context_cost_s: float | None = None  # sampled: step(n) - step(tiny n)
     flags: tuple[str, ...] = ()  # "busy", "floor-above-measured", ...
-    note: str = ""  # why a policy at work left or took up a configuration before this round, in words
 
     def __post_init__(self) -> None:
         if self.kind not in ("prefill", "round"):

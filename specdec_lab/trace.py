@@ -270,8 +270,6 @@ def _round_slice(step: StepRecord, start: int, end: int) -> dict[str, Any]:
         "context tokens": list(step.context_tokens),
         "flags": list(step.flags),
     }
-    if step.note:
-        args["note"] = step.note
     if step.context_cost_s is not None:
         args["sampled context_cost_s"] = step.context_cost_s
     return _slice("prefill" if step.kind == "prefill" else step.config, _ROUNDS, start, end, args)

@@ -380,8 +380,8 @@ def test_a_policy_of_this_machine_is_used_without_a_word():
 # The guard: break-even of every estimate above is 1.5 tokens per row and round
 
 
-def guarded(rows=GRID):
-    return policy(*rows, rules=Rules(guard=Guard(window_steps=16, cooldown_steps=40, margin=0.03))).chooser()
+def guarded():
+    return policy(*GRID, rules=Rules(guard=Guard(window_steps=16, cooldown_steps=40, margin=0.03))).chooser()
 
 
 def feed(choose, accepted, rounds):
@@ -399,22 +399,16 @@ def test_acceptance_that_pays_is_left_alone():
 
 
 def test_acceptance_below_break_even_rests_then_probes_at_growing_intervals():
-    answers = feed(guarded(GRID[:1] + (row("1x4096", WINDOW, window=1.2),)), 0, 400)
+    answers = feed(guarded(), 0, 400)
     runs = [(name, len(list(group))) for name, group in groupby(answers)]
     assert runs[:6] == [(WINDOW, 16), ("off", 40), (WINDOW, 2), ("off", 80), (WINDOW, 2), ("off", 160)]
-
-
-def test_a_draft_that_fails_steps_down_to_another_drafter_before_off():
-    answers = feed(guarded(), 0, 60)
-    runs = [(name, len(list(group))) for name, group in groupby(answers)]
-    assert runs == [(WINDOW, 16), (FULL, 16), ("off", 24), (WINDOW, 2), ("off", 2)], "n-grams are slower than off here"
 
 
 def test_a_probe_that_pays_brings_the_draft_back():
     choose = guarded()
     assert feed(choose, 0, 16 + 40)[-1] == "off"
     assert set(feed(choose, 3, 200)) == {WINDOW}
-    assert feed(choose, 0, 20)[-1] != WINDOW, "and a full window is judged again"
+    assert feed(choose, 0, 20)[-1] == "off", "and a full window is judged again"
 
 
 def test_margin_keeps_the_guard_from_firing_at_break_even():

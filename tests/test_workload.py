@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from specdec_lab import workload
 from specdec_lab.records import Cell
-from specdec_lab.workload import Workload, from_file, from_text, held_out, read_held_out
-from specdec_lab.workload.held_out import TEXT_KINDS, _excerpts
+from specdec_lab.workload import KINDS, Workload, from_file, from_text, held_out, read_held_out
 
 
 class Bytes:
@@ -113,7 +112,7 @@ def test_a_missing_file_and_a_folder_are_clear_errors(tmp_path):
         from_file(tmp_path, Bytes())
 
 
-@pytest.mark.parametrize("kind", TEXT_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", [Cell(3, 64), Cell(5, 1000), Cell(2, 8192)], ids=str)
 def test_held_out_prompts_have_exactly_the_length_asked_for_and_differ(kind, cell):
     w = held_out(kind, cell, Bytes(), seed=4)
@@ -163,7 +162,7 @@ def test_a_revision_prompt_ends_inside_a_copy_of_its_own_beginning(length):
 
 
 def test_a_beginning_of_text_token_leads_every_prompt_and_is_counted():
-    for kind in TEXT_KINDS:
+    for kind in KINDS:
         w = held_out(kind, Cell(3, 200), Bytes(bos=256), seed=1)
         assert all(p[0] == 256 and 256 not in p[1:] and len(p) == 200 for p in w.prompts)
         assert all(256 not in row for turn in w.turns for row in turn)
@@ -186,7 +185,7 @@ def test_what_cannot_be_had_is_said_in_the_labels():
 def test_lengths_and_kinds_that_do_not_exist_are_clear_errors():
     with pytest.raises(ValueError, match="holds no prompt of 9000000 tokens"):
         held_out("prose", Cell(1, 9_000_000), Bytes())
-    with pytest.raises(ValueError, match="must be one of prose, code, revision, conversation, needle, got 'poems'"):
+    with pytest.raises(ValueError, match="must be one of prose, code, revision, conversation, got 'poems'"):
         held_out("poems", Cell(1, 64), Bytes())
     with pytest.raises(ValueError, match="no room for text"):
         held_out("prose", Cell(1, 1), Bytes(bos=1))
@@ -201,7 +200,7 @@ def test_overlapping_excerpts_never_repeat_a_disjoint_one():
     rng = random.Random(0)
     for length in (64, 97, 500):
         document = tuple(range(2111))
-        disjoint, overlapping = (list(part) for part in _excerpts(document, length, rng))
+        disjoint, overlapping = (list(part) for part in workload._excerpts(document, length, rng))
         starts = [e[0] for e in disjoint + overlapping]
         assert len(set(starts)) == len(starts)
         assert all(b - a >= length for a, b in pairwise(sorted(e[0] for e in disjoint)))

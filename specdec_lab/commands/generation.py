@@ -100,7 +100,6 @@ def texts(runs: Sequence[Run], pair: ModelPair) -> list[str]:
 def _conclude(runs: Sequence[Run], pair: ModelPair, timeline: Path | None) -> Outcome:
     from ..summary import compare, summarize
     from ..trace import write_perfetto
-    from ..view.notes import notes_text, policy_notes
     from ..view.tables import render_table
 
     if timeline is not None and runs:
@@ -111,5 +110,5 @@ def _conclude(runs: Sequence[Run], pair: ModelPair, timeline: Path | None) -> Ou
         data |= {"summary": summarize(runs[0]).to_dict(), "header": runs[0].header.to_dict()}
         data["interrupted"] = runs[0].interrupted
     blocks = [f"--- {i + 1} ---\n{text}" for i, text in enumerate(generated)] if len(generated) > 1 else generated
-    words = "\n\n".join(filter(None, [*blocks, render_table(compare(runs)), notes_text(policy_notes(runs))]))
+    words = "\n\n".join([*blocks, render_table(compare(runs))])
     return Outcome(runs, words, data, INTERRUPTED if any(run.interrupted for run in runs) else OK)

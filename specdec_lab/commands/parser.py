@@ -11,7 +11,7 @@ from ..records import Cell, parse_count
 from .mistakes import UserMistake
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
 
-WORKLOADS = ("prose", "code", "revision", "conversation", "needle")
+WORKLOADS = ("prose", "code", "revision", "conversation")
 LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"

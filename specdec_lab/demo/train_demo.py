@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,23 +202,12 @@ def pick_bf16(model: LlamaForCausalLM, loss: Loss, crops: Crops, plan: Plan, bud
     return fastest
 
 
-class Batches(Protocol):
-    """What training asks of its text."""
-
-    rng: random.Random
-
-    def batch(self, context: int, share: float, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of one step."""
-        ...
-
-
 def train(
-    model: LlamaForCausalLM, loss: Loss, crops: Batches, plan: Plan, budget: int, bf16: bool,
+    model: LlamaForCausalLM, loss: Loss, crops: Crops, plan: Plan, budget: int, bf16: bool,
     checkpoint: Path | None = None, report: Callable[[str], None] = print,
-    optimize: Callable[[LlamaForCausalLM], list[torch.optim.Optimizer]] = make_optimizers,
 ) -> list[float]:
     """Train in place for `budget` tokens; returns the loss of every step. Resumes from `checkpoint` if it exists."""
-    optimizers, losses, steps = optimize(model), [], math.ceil(budget / BATCH_TOKENS)
+    optimizers, losses, steps = make_optimizers(model), [], math.ceil(budget / BATCH_TOKENS)
     first = 0
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

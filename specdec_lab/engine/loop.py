@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -251,7 +251,7 @@ class OpenSession:
     def _rounds(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         session, clock = self._session, self._clock
         self._engine.threads.forget_old()
-        observe, take_note = getattr(chooser, "observe", None), getattr(chooser, "take_note", None)
+        observe = getattr(chooser, "observe", None)
         if self._used:
             session.rewind()
         self._used = True
@@ -265,10 +265,7 @@ class OpenSession:
                 config = fixed or _parse(chooser(session.live, session.mean_length))
                 if fixed is None:
                     session.check(config)
-                note = take_note() if take_note is not None else ""
                 step = session.round(config)
-                if note:
-                    step = replace(step, note=note)
                 if observe is not None:
                     observe(step)
                 yield from _paused(clock, step)

@@ -12,7 +12,6 @@ from ..records import Run
 from ..summary import Comparison
 from .figures import step_strip
 from .forms import DisplayForm
-from .notes import notes_html, policy_notes
 from .svg import data_uri, strip_svg
 from .tables import html_table
 
@@ -21,10 +20,9 @@ STRIP_POINTS = 120
 
 
 def run_html(headline: str, comparisons: Sequence[Comparison], ended: Sequence[Run], form: DisplayForm) -> str:
-    """Headline, table, what the policy did, and a strip per cell of the runs that have ended."""
+    """Headline, table, and a strip per cell of the runs that have ended."""
     reason = f"<p>No live view here: {escape(form.reason)}.</p>" if form.reason else ""
-    shown = f"{html_table(comparisons)}{notes_html(policy_notes(ended))}{''.join(_strips(ended))}"
-    return f"<p><b>{escape(headline)}</b></p>{reason}{shown}"
+    return f"<p><b>{escape(headline)}</b></p>{reason}{html_table(comparisons)}{''.join(_strips(ended))}"
 
 
 def _strips(runs: Sequence[Run]) -> Iterable[str]:

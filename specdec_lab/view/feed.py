@@ -22,7 +22,6 @@ from .tally import Tally
 ROWS_PER_DELTA = 48
 RECENT_ROWS = 400  # kept exactly
 OLDER_ROWS = 250  # kept merged
-MAX_NOTES = 6  # of the latest changes of mind of a policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,6 @@ class Feed:
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
     header: RunHeader | None = None
     last_step: StepRecord | None = None
-    notes: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=MAX_NOTES))  # round of the view, words
     _recent: deque[Row] = field(default_factory=deque)
     _older: list[Row] = field(default_factory=list)
     _segments: dict[int, Segment] = field(default_factory=dict)
@@ -88,8 +86,6 @@ class Feed:
             segment.prefill_ms += step.wall_s * 1e3
             return
         segment.rounds += 1
-        if step.note:
-            self.notes.append((self.num_steps, step.note))
         self._keep(row_of(step, self.num_steps, segment.number))
         self.num_steps += 1
         self._tally_of(header, step).add(step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,6 @@ class StripData:
     """Time of every round in four families (ms), and what the second strip shows; one entry per drawn row.
 
     starts  (round, label) at which another block, turn or configuration begins
-    notes   rounds before which a policy changed its mind
     """
 
     title: str
@@ -52,7 +51,6 @@ class StripData:
     context_tokens: tuple[float, ...]
     tokens_per_row: tuple[float, ...]
     starts: tuple[tuple[int, str], ...]
-    notes: tuple[int, ...] = ()
 
     @property
     def total_ms(self) -> tuple[float, ...]:
@@ -65,12 +63,10 @@ def step_strip(runs: Run | Iterable[Run], max_points: int = MAX_POINTS) -> Strip
     runs = [runs] if isinstance(runs, Run) else list(runs)
     rows: list[Row] = []
     starts: list[tuple[int, str]] = []
-    notes: list[int] = []
     for number, run in enumerate(runs):
         starts.append((len(rows), _label(run)))
-        notes += [len(rows) + i for i, step in enumerate(run.rounds) if step.note]
         rows += [row_of(step, len(rows) + i, number) for i, step in enumerate(run.rounds)]
-    return replace(_strip_of(_title(runs), at_most(rows, max_points), tuple(starts)), notes=tuple(notes))
+    return _strip_of(_title(runs), at_most(rows, max_points), tuple(starts))
 
 
 def _label(run: Run) -> str:

@@ -22,7 +22,6 @@ from ..summary import Comparison, compare
 from ..trace import TraceWriter
 from .fallback import run_html
 from .forms import display_form, is_notebook
-from .notes import notes_text, policy_notes
 from .publisher import Publisher
 from .tables import render_table
 
@@ -250,8 +249,7 @@ class LiveRun:
         return f"<LiveRun {self.name!r} {self.state}, {self.num_runs} runs ended, {self.num_seen} steps seen>"
 
     def __str__(self) -> str:
-        notes = notes_text(policy_notes(self.runs)) if self.finished.is_set() else ""
-        return "\n".join(filter(None, [self.headline(), render_table(self._presentable()), notes]))
+        return f"{self.headline()}\n{render_table(self._presentable())}"
 
     def headline(self) -> str:
         """One line: what it is, how it stands, how to stop it."""

@@ -155,8 +155,6 @@ class Publisher(threading.Thread):
             "dropped": self.num_dropped,
             "runs": shown.num_runs,
         }
-        if self.feed.notes:
-            meta["notes"] = [list(note) for note in self.feed.notes]
         if header is not None:
             meta |= _place(header, self.feed.last_step)
         if everything or header is not self._about:

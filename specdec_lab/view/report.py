@@ -16,7 +16,6 @@ from ..records import Run, RunHeader, forced_label
 from ..summary import Comparison, compare
 from .figures import acceptance_per_position, step_strip, titled
 from .heatmap import HeatCell, HeatmapData, speedup_heatmap
-from .notes import notes_html, policy_notes
 from .svg import XMLNS, acceptance_svg, strip_svg
 from .tables import html_table, quantity
 
@@ -65,7 +64,7 @@ def write_report(
     sections = [
         _section("Against plain decoding", html_table(found)),
         *([_section("Best configuration per cell", _heat_section(policy))] if policy else []),
-        *([_section("Round by round", notes_html(policy_notes(runs)) + "".join(_pictures(runs)))] if runs else []),
+        *([_section("Round by round", "".join(_pictures(runs)))] if runs else []),
         _section("How it was measured", _method(runs, policy)),
     ]
     page = (

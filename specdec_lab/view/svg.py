@@ -111,9 +111,8 @@ def strip_svg(data: StripData, size: tuple[int, int] = (760, 220), ink: str = IN
     marks = ticks(top)
     axis = frame.y_axis(dict(zip(marks, tick_words(marks), strict=True)))
     blocks = "".join(_separator(frame, step) for step, _ in data.starts[1:])
-    flags = "".join(_flag(frame, step) for step in data.notes)
     spikes = "".join(_spike(frame, x + n / 2) for x, n, y in zip(data.step, data.count, total, strict=True) if y > top)
-    return frame.close(title, axis + "".join(layers) + blocks + flags + spikes + _x_axis(frame), "round")
+    return frame.close(title, axis + "".join(layers) + blocks + spikes + _x_axis(frame), "round")
 
 
 def _area(frame: _Frame, data: StripData, lower: Sequence[float], upper: Sequence[float]) -> str:
@@ -128,11 +127,6 @@ def _area(frame: _Frame, data: StripData, lower: Sequence[float], upper: Sequenc
 
 def _separator(frame: _Frame, step: int) -> str:
     return f'<path d="M{frame.px(step):.1f} {TOP}v{frame.inner_height}" stroke="{frame.ink}" stroke-dasharray="2 3"/>'
-
-
-def _flag(frame: _Frame, step: int) -> str:
-    """A line with a flag on top where a policy changed its mind."""
-    return f'<path d="M{frame.px(step):.1f} {TOP - 8}l8 4l-8 4v{frame.inner_height}" fill="none" stroke="{frame.ink}"/>'
 
 
 def _spike(frame: _Frame, x: float) -> str:

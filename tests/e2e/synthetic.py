@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from specdec_lab.records import Cell, RunHeader, SpecConfig, StepRecord
 from specdec_lab.stream import Stream
@@ -101,18 +100,3 @@ def profile(cells: list[str], configs: list[str], *, blocks: int, count: int, pa
         for block in range(blocks):
             for config in configs:
                 yield stream(cell, config, count, block=block, pace_s=pace_s)
-
-
-def fallen_back(cell: str, draft: str, stand_in: str, at: int, count: int, *, pace_s: float = 0.0) -> Stream:
-    """One stream of a policy that gives up on `draft` before round `at`, because nothing is accepted any more."""
-    words = f"fell back to {stand_in}: {draft} yields 1.00 tokens per row and round here, below its break-even 1.90"
-
-    def steps() -> Iterator[StepRecord]:
-        for i, step in enumerate([*rounds(cell, draft, at, seed=1), *rounds(cell, stand_in, count - at, seed=1, start=at)]):
-            if pace_s:
-                time.sleep(pace_s)
-            if at - 38 <= i < at:
-                step = replace(step, accepted=(0,) * step.batch, tokens=((0,),) * step.batch)
-            yield replace(step, index=i, note=words if i == at else "")
-
-    return Stream(header(cell, "policy"), steps())

@@ -52,22 +52,6 @@ def test_a_run_paints_what_it_does_while_it_runs(notebook: OpenNotebook, artefac
     book.await_view("d.state === 'stopped'")
 
 
-def test_a_fall_back_is_shown_with_its_moment_and_its_reason(notebook: OpenNotebook, artefacts: Path) -> None:
-    falling = """live = LiveRun(
-    [synthetic.fallen_back("1x4096", "self:4+60/chain4", "ngram/chain4", at=60, count=150, pace_s=0.002)], title="A policy"
-).start()
-live"""
-    book = notebook([IMPORTS, falling])
-    book.run_cell(0)
-    book.run_cell(1)
-    book.await_view("d.state === 'finished' && d.steps === '150'")
-    said = book.page.get_by_role("list", name="what the policy did").inner_text()
-    words = "round 60: fell back to ngram/chain4: self:4+60/chain4 yields 1.00 tokens per row and round here, "
-    assert words + "below its break-even 1.90" in said
-    book.page.screenshot(path=artefacts / "live-fall-back.png")
-    assert "1x4096, round 60: fell back to ngram/chain4" in book.ask("str(live)")
-
-
 def test_before_the_first_round_the_view_says_that_it_waits(notebook: OpenNotebook, artefacts: Path) -> None:
     waiting = """gate = threading.Event()
 def held():

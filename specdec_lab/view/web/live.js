@@ -72,9 +72,6 @@ class LiveView {
     this.tiles = make("div", "sd-tiles", root);
     this.hint = make("p", "sd-hint", root);
     this.buildStrips(root);
-    this.notes = make("ul", "sd-notes", root);
-    this.notes.setAttribute("aria-label", "what the policy did");
-    this.notes.setAttribute("aria-live", "polite");
     const lower = make("div", "sd-lower", root);
     this.acceptance = makeFigure(lower, "Acceptance per draft position", ACCEPT_HEIGHT);
     this.acceptanceOf = make("span", "sd-of", this.acceptance.caption);
@@ -257,16 +254,7 @@ class LiveView {
     if (meta.error) this.hint.textContent = meta.error;
     this.hint.hidden = !this.hint.textContent;
     this.hint.classList.toggle("sd-error", Boolean(meta.error));
-    this.drawNotes();
     if (this.about.open || !this.aboutText.textContent) this.aboutText.textContent = aboutWords(meta);
-  }
-
-  drawNotes() {
-    const notes = notesOf(this.store).slice(-3).map(([round, words]) => `round ${whole(round)}: ${words}`);
-    this.notes.hidden = !notes.length;
-    if (this.notes.dataset.words === notes.join()) return;
-    this.notes.dataset.words = notes.join();
-    this.notes.replaceChildren(...notes.map((words) => make("li", "", null, words)));
   }
 
   // What must be known before a number is read: labels of the run, a lost message, a busy machine.

@@ -77,7 +77,6 @@ function drawTimeStrip(surface, store, view, theme) {
   for (const stretch of stretches(store, range)) drawStack(ctx, store, axes, y, stretch, view.layers, theme);
   drawMarks(ctx, store, range, axes, y, top, theme);
   drawBlocks(ctx, store, range, axes, theme);
-  drawNotes(ctx, store, range, axes, theme);
   return { axes, range };
 }
 
@@ -153,26 +152,6 @@ function drawMarks(ctx, store, range, axes, y, top, theme) {
       line(ctx, theme.ink, 1.2, [], [[x - 2, axes.bottom + 2], [x + 2, axes.bottom + 6]]);
       line(ctx, theme.ink, 1.2, [], [[x - 2, axes.bottom + 6], [x + 2, axes.bottom + 2]]);
     }
-  }
-}
-
-// What the policy did, and when: [round, words], latest last.
-function notesOf(store) {
-  return store.meta.notes ?? [];
-}
-
-// A line through the strip with a flag on top, where a policy changed its mind.
-function drawNotes(ctx, store, range, axes, theme) {
-  for (const [round] of notesOf(store)) {
-    if (round < range.begin || round > range.end) continue;
-    const x = Math.round(axes.x(round)) + 0.5;
-    line(ctx, theme.ink, 1.5, [], [[x, BAND - 3], [x, axes.bottom]]);
-    ctx.beginPath();
-    ctx.moveTo(x, BAND - 3);
-    ctx.lineTo(x + 8, BAND + 1);
-    ctx.lineTo(x, BAND + 5);
-    ctx.fillStyle = theme.ink;
-    ctx.fill();
   }
 }
 
@@ -300,9 +279,6 @@ function describeRow(store, i, layers) {
   for (const layer of [...layers].reverse()) lines.push([layer.label, `${quantity(store.part(layer.key, i))} ms`, layer]);
   lines.push(["total (measured)", `${quantity(store.total(i))} ms`], ["KV share of verify", percent(store.kvShare(i))]);
   lines.push(["tokens per row", quantity(r.tokens_per_row[i])], ["context", `${whole(r.context_tokens[i])} tokens`]);
-  for (const [round, words] of notesOf(store)) {
-    if (round >= r.step[i] && round < r.step[i] + r.count[i]) lines.push([words, ""]);
-  }
   if (r.flags[i] & FLAG_FLOOR_ABOVE) lines.push(["KV floor above measured attention: floor clipped here", ""]);
   if (r.flags[i] & FLAG_BUSY) lines.push(["machine busy", ""]);
   return lines;
