@@ -18,11 +18,11 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
-from .records import Cell
+from ..records import Cell
 
 VERIFIERS = ("rejection", "coupled")
 KINDS = ("prose", "code", "revision", "conversation")
-HELD_OUT = Path(__file__).parent / "demo" / "held_out.jsonl.gz"
+HELD_OUT = Path(__file__).parents[1] / "demo" / "held_out.jsonl.gz"
 CONTINUATION_TOKENS = 64  # of its own document follow every held-out prompt, so that a true continuation exists
 OVERLAP_STRIDE = 64  # tokens between the starts of overlapping prompts
 
