@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..records import Run, SpecConfig
-from ..workload import Sampling, Workload, from_file, from_text, held_out
+from ..workload import Sampling, Workload, from_file, from_text, make, why_not
 from .files import writable_file
 from .lab import Lab
 from .mistakes import UserMistake, asked
@@ -72,11 +72,13 @@ def _check_source(args: Namespace) -> None:
 
 
 def _workload(pair: ModelPair, args: Namespace) -> Workload:
-    if pair.tokenizer is None:
-        raise UserMistake(f"{pair.name} was loaded without a tokenizer and cannot read text; load a folder that holds one")
     sampling = sampling_of(args)
     if args.workload is not None:
-        return held_out(args.workload, args.cell, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
+        if reason := why_not(args.workload, pair.tokenizer, pair.target.shape.vocab, pair.name):
+            raise UserMistake(reason)
+        return make(args.workload, args.cell, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
+    if pair.tokenizer is None:
+        raise UserMistake(f"{pair.name} was loaded without a tokenizer and cannot read text; load a folder that holds one")
     if args.file is not None and args.file != "-":
         return from_file(args.file, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
     prompts = args.prompt or [sys.stdin.read()]

@@ -26,7 +26,7 @@ from .. import machine
 from ..workload import needle_text as language
 
 HOME = Path(__file__).parent / "needle"
-CONTEXT = 4096
+CONTEXT = 2112  # prompts of 2048 tokens and a value after them
 SHAPE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 FILLER_WEIGHT = 0.1
 WARM_UP_STEPS = 20
@@ -41,7 +41,9 @@ class Phase:
     rows: int
 
 
-PHASES = (Phase(0.55, 128, 16), Phase(0.15, 256, 8), Phase(0.12, 512, 4), Phase(0.10, 1024, 2), Phase(0.08, 2048, 1))
+PHASES = (
+    Phase(0.46, 128, 16), Phase(0.14, 256, 8), Phase(0.14, 512, 4), Phase(0.13, 1024, 2), Phase(0.13, CONTEXT, 1),
+)
 
 
 def make_config() -> Any:
@@ -129,11 +131,15 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+def steps_of(budget: int, phases: tuple[Phase, ...] = PHASES) -> list[Phase]:
+    """The phase of every step."""
+    return [p for p in phases for _ in range(max(1, round(p.share * budget / (p.length * p.rows))))]
+
+
 def train(model: LlamaForCausalLM, budget: int, seed: int, report: Callable[[str], None] = print,
           phases: tuple[Phase, ...] = PHASES) -> list[float]:
     """Train in place until `budget` tokens are spent, phase after phase; returns the loss of every step."""
-    rng, optimizers, losses = random.Random(seed), make_optimizers(model), []
-    plan = [p for p in phases for _ in range(max(1, round(p.share * budget / (p.length * p.rows))))]
+    rng, optimizers, losses, plan = random.Random(seed), make_optimizers(model), [], steps_of(budget, phases)
     started = time.perf_counter()
     for step, phase in enumerate(plan):
         factor = min(1.0, (step + 1) / WARM_UP_STEPS, 2 * (1 - step / len(plan)))
@@ -177,7 +183,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line of the training."""
     parser = argparse.ArgumentParser(prog="train_needle", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=6_000_000, help="training budget in tokens")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="training budget in tokens")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--texts", type=int, default=16, help="fresh texts a length to score")
@@ -187,9 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     init_weights(model, torch.Generator().manual_seed(arguments.seed))
     losses = train(model, arguments.tokens, arguments.seed, lambda line: print(line, flush=True))
     save(model, arguments.out)
-    lengths = (256, 512, 1024, 2048, 4096)
+    lengths = (128, 256, 512, 1024, CONTEXT)
     record = {
-        "seed": arguments.seed, "tokens": len(losses) * PHASES[0].length * PHASES[0].rows, "steps": len(losses),
+        "seed": arguments.seed, "tokens": sum(p.length * p.rows for p in steps_of(arguments.tokens)), "steps": len(losses),
         "parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads(),
         "phases": [asdict(p) for p in PHASES], "commit": started_at,
         "loss_first_50_steps": round(float(np.mean(losses[:50])), 4),

@@ -8,6 +8,7 @@ ends with `MARK key`. Filler is a Markov chain of first order. Not known here: p
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 END_OF_TEXT, MARK, CLOSE, ASK = 0, 1, 2, 3
@@ -63,6 +64,14 @@ def draw_needles(rng: random.Random, count: int = NUM_NEEDLES) -> tuple[Needle, 
         length = rng.randint(*VALUE_TOKENS)
         needles.append(Needle(symbols.pop(), tuple(symbols.pop() for _ in range(length))))
     return tuple(needles)
+
+
+def with_longest_value(needles: Sequence[Needle], which: int, rng: random.Random) -> Needle:
+    """That needle, its value made as long as values get with symbols that no needle uses."""
+    needle = needles[which]
+    used = {symbol for n in needles for symbol in (n.key, *n.value)}
+    free = [symbol for symbol in SYMBOLS if symbol not in used]
+    return Needle(needle.key, (*needle.value, *rng.sample(free, VALUE_TOKENS[1] - len(needle.value))))
 
 
 def filler(count: int, rng: random.Random) -> list[int]:

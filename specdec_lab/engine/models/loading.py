@@ -19,7 +19,7 @@ from .hf import HFRunner
 from .runner import Runner
 
 DEMO = Path(__file__).parents[2] / "demo"
-DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M"}
+DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M", DEMO / "needle": "needle"}
 
 
 class ModelNotFound(ValueError):
@@ -52,7 +52,7 @@ def load(
 ) -> ModelPair:
     """The pair to speculate with.
 
-    model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM
+    model, draft  "demo" (the shipped pair), "needle" (the shipped retrieval model, without a draft), a folder, a hub name, or a transformers causal LM
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
@@ -72,6 +72,11 @@ def load(
             raise ModelNotFound("the shipped pair is missing from this installation; reinstall specdec_lab, or train it with "
                                 "`python -m specdec_lab.demo.train_demo target` and then `draft`")
         name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
+    elif isinstance(model, str) and model == "needle":
+        if not (DEMO / "needle" / "model.safetensors").exists():
+            raise ModelNotFound("the needle model is missing from this installation; reinstall specdec_lab, or train it with "
+                                "`python -m specdec_lab.demo.train_needle`")
+        name, model = "needle", DEMO / "needle"
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
     target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached)
