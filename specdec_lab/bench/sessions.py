@@ -27,7 +27,7 @@ KEPT_TEXTS = 256
 class Sessions:
     """Streams of any cell of one workload; what does not fit beside an open session takes its place.
 
-    workload  prose, code, revision, conversation (shipped held-out text), needle (for the needle model), or a function from cell to Workload
+    workload  a kind of workload.KINDS (needle is for the needle model), or a function from cell to Workload
     """
 
     def __init__(

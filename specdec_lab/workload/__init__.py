@@ -30,7 +30,7 @@ def why_not(kind: str, tokenizer: Tokenizer | None, vocabulary: int, model: str)
         if tokenizer is None and vocabulary == NEEDLE_VOCABULARY:
             return None
         return (f"the needle workload is written in the {NEEDLE_VOCABULARY} token ids of the needle model, which are other text "
-                f"to {model} ({vocabulary} ids). Use --model needle, load(\"needle\")")
+                f"to {model} ({vocabulary} ids). Load its model: --model needle, or load(\"needle\")")
     if tokenizer is not None:
         return None
     return (f"{model} was loaded without a tokenizer, so the shipped {kind} text cannot be given to it. Load a folder with "

@@ -52,7 +52,8 @@ def load(
 ) -> ModelPair:
     """The pair to speculate with.
 
-    model, draft  "demo" (the shipped pair), "needle" (the shipped retrieval model, without a draft), a folder, a hub name, or a transformers causal LM
+    model, draft  "demo" (the shipped pair), "needle" (the retrieval model, shipped without a draft), a folder, a hub name, or a
+                  transformers causal LM
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
