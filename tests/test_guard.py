@@ -88,10 +88,10 @@ def test_alarms_at_break_even_itself_are_as_far_apart_as_promised(law):
     """Even for a draft that finds nothing in nine rounds of ten and everything in one."""
     needed, depth = (2.0, 4) if law == "geometric" else (1.4, 4)
     waits = []
-    for seed in range(60):
+    for seed in range(30):
         rng = random.Random(seed)
-        rounds = (yields(rng, needed, depth) if law == "geometric" else (4 * (rng.random() < 0.1),) for _ in range(3000))
-        waits.append(rounds_to_alarm(AcceptanceGuard(BET_ALONE), needed, depth, rounds) or 3000)
+        rounds = (yields(rng, needed, depth) if law == "geometric" else (4 * (rng.random() < 0.1),) for _ in range(1500))
+        waits.append(rounds_to_alarm(AcceptanceGuard(BET_ALONE), needed, depth, rounds) or 1500)
     assert sum(waits) / len(waits) >= EVIDENCE
 
 

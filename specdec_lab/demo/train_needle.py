@@ -183,7 +183,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line of the training."""
     parser = argparse.ArgumentParser(prog="train_needle", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="training budget in tokens")
+    parser.add_argument("--tokens", type=int, default=1_300_000, help="training budget in tokens")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--texts", type=int, default=16, help="fresh texts a length to score")

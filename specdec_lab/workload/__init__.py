@@ -29,7 +29,7 @@ def why_not(kind: str, tokenizer: Tokenizer | None, vocabulary: int, model: str)
     if kind == NEEDLE:
         if tokenizer is None and vocabulary == NEEDLE_VOCABULARY:
             return None
-        return (f"the needle workload is written in the {NEEDLE_VOCABULARY} token ids of the needle model, which are other text "
+        return (f"the needle workload is written in the {NEEDLE_VOCABULARY} token ids of the needle model, other text "
                 f"to {model} ({vocabulary} ids). Load its model: --model needle, or load(\"needle\")")
     if tokenizer is not None:
         return None
