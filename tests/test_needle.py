@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from specdec_lab.bench.sessions import Sessions
+from specdec_lab.cli import main
 from specdec_lab.demo import train_needle
 from specdec_lab.engine.loop import Engine
 from specdec_lab.engine.models.loading import DEMO, load
@@ -211,3 +214,46 @@ def test_the_live_view_and_the_report_show_the_fall_back(tmp_path):
     assert words in page
     quiet = replace(run, steps=tuple(replace(s, flags=()) for s in run.steps))
     assert "fell back" not in write_report(tmp_path / "quiet.html", [quiet], comparisons=()).read_text()
+
+
+# The verbs.
+
+
+def call(*words):
+    """(exit code, output, errors) of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    return main(list(words), out=out, err=err), out.getvalue(), err.getvalue()
+
+
+def test_run_says_how_much_was_retrieved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("run", "--model", "needle", "--workload", "needle", "--cell", "2x512", "--config", NGRAM, "--max-new-tokens", "48")
+    code, out, _ = call(*words)
+    assert code == 0
+    assert "said of the value asked for: 100%, 100%" in out
+    code, out, _ = call(*words, "--json")
+    assert (code, json.loads(out)["retrieved"]) == (0, [1.0, 1.0])
+
+
+def test_acceptance_is_measured_on_needles_as_on_prose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("acceptance", "--model", "needle", "--workload", "needle", "--config", "self:4+60", "--cell", "1x512",
+                          "--width", "2", "--depth", "2")  # fmt: skip
+    assert code == 0, err
+    assert "self:4+60" in out
+
+
+@pytest.mark.parametrize(("model", "workload", "advice"), [
+    ("demo", "needle", "--model needle"), ("needle", "prose", "use the needle workload"),
+])
+@pytest.mark.parametrize("verb", ["run --cell 1x512", "profile --cells 1x512 --configs off", "tune --batches 1 --lengths 512"])
+def test_a_model_and_a_workload_that_do_not_fit_are_one_plain_error(verb, model, workload, advice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*verb.split(), "--model", model, "--workload", workload)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert advice in err
+
+
+def test_a_profile_of_needles_generates_no_more_than_the_value():
+    workload = Sessions(engine(), "needle").workload(Cell(2, 512))
+    assert (workload.name, workload.max_new_tokens, workload.cell) == ("needle", ANSWER_TOKENS, Cell(2, 512))

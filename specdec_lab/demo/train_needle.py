@@ -27,7 +27,7 @@ from ..workload import needle_text as language
 
 HOME = Path(__file__).parent / "needle"
 CONTEXT = 2112  # prompts of 2048 tokens and a value after them
-SHAPE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 FILLER_WEIGHT = 0.1
 WARM_UP_STEPS = 20
 
