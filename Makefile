@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab test check bench notebooks clean
+.PHONY: help setup demo lab test check bench gpu notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,6 +43,19 @@ check: $(VENV)/.dev  ## lint and types
 
 bench: $(VENV)/.dev  ## race ours against other engines; a peer whose tokens differ gets no speed
 	$(BIN)/specdec-lab bench race
+
+# A CUDA build of torch is the user's own: it is used where it is, nothing is installed beside it, least of all another Triton.
+HAS_CUDA := import sys, torch; sys.exit(torch.version.cuda is None)
+gpu:  ## measure this machine's GPU in at most ten minutes (STAGES="calibrate kernels", or STAGES=--rehearse without a GPU)
+	@python=; for candidate in "$(PYTHON)" "$(BIN)/python"; do \
+	    if "$$candidate" -c '$(HAS_CUDA)' >/dev/null 2>&1; then python="$$candidate"; break; fi; done; \
+	if [ -z "$$python" ]; then for candidate in "$(BIN)/python" "$(PYTHON)"; do \
+	    if "$$candidate" -c 'import torch' >/dev/null 2>&1; then python="$$candidate"; break; fi; done; fi; \
+	if [ -z "$$python" ]; then \
+	    echo "make gpu needs a Python with torch: $(PYTHON) has none. Name another one (make gpu PYTHON=...), or install the CUDA"; \
+	    echo "build of torch, transformers and numpy there. It installs nothing itself. Without a GPU: make setup, then"; \
+	    echo "make gpu STAGES=--rehearse"; exit 1; fi; \
+	PYTHONPATH=".:kernels$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m specdec_lab gpu $(STAGES)
 
 notebooks: $(VENV)/.dev  ## run the notebooks again and store their outputs
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb

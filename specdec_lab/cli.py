@@ -6,6 +6,7 @@ partial; 4 nothing beats plain decoding, a policy is written all the same; 130 i
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .commands.lab import Lab
+from .commands.lab import Lab, is_first_rank
 from .commands.mistakes import UserMistake, asked
 from .commands.outcome import INTERRUPTED, MISTAKE, OK, Outcome, StreamJob
 from .commands.parser import SHELL, Finished, build_parser
@@ -32,7 +33,8 @@ def main(
     err: TextIO | None = None,
 ) -> int:
     """Run one verb and return its exit code; `load`, `out` and `err` are injected in tests."""
-    out, err = out or sys.stdout, err or sys.stderr
+    speaks = is_first_rank()
+    out, err = out or (sys.stdout if speaks else io.StringIO()), err or sys.stderr
     try:
         with _short_warnings(err):
             return _run(argv, Lab(load, out=out, err=err))

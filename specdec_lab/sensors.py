@@ -18,12 +18,16 @@ from typing import Any, Self, TypeVar
 
 MAX_READINGS = 36_000  # two hours at 5 Hz
 MIN_ENERGY_WINDOW_S = 1.0  # the energy counter is refreshed too rarely for less
+MIN_ACTIVITY_WINDOW_S = 0.1  # NVML's GPM counters need as much between two samples
 CLOCK_EVENTS = {
     0x01: "gpu idle", 0x02: "application clocks", 0x04: "power cap", 0x08: "hardware slowdown", 0x10: "sync boost",
     0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake", 0x100: "display clocks",
 }  # fmt: skip
 # An idle GPU and clocks set on purpose lower the clock too, but do not disturb a measurement.
 HARMLESS_EVENTS = frozenset({"gpu idle", "application clocks", "display clocks"})
+
+# What `Activity` asks of GPM, in its order; these are NVML's own numbers.
+ACTIVITY_METRICS = {"dram_bandwidth": 10, "sm_occupancy": 3, "tensor": 5, "hmma": 7}
 
 T = TypeVar("T")
 
@@ -73,6 +77,22 @@ class Conditions:
     throttle: tuple[str, ...] | Absent
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What the GPU's own counters (NVML GPM, Hopper and later) say of a stretch: shares of the maximum, 0 to 1.
+
+    dram_bandwidth  of the memory's theoretical bandwidth, reads and writes together; it checks a byte model in steady state
+    sm_occupancy    warps that were active, of those that could be
+    tensor, hmma    time in which tensor cores, or their 16-bit instructions, were at work
+    """
+
+    seconds: float
+    dram_bandwidth: float | Absent
+    sm_occupancy: float | Absent
+    tensor: float | Absent
+    hmma: float | Absent
+
+
 class _Gpu:
     """One GPU behind NVML; every verb gives a value or an Absent."""
 
@@ -104,9 +124,90 @@ class _Gpu:
             return read(self._nvml, self._handle)
         except self._nvml.NVMLError as error:
             return Absent(f"NVML: {error}")
+        except AttributeError as error:  # an older nvidia-ml-py
+            return Absent(f"this nvidia-ml-py is too old: {error}")
+
+    def activity(self, first: Any, last: Any, seconds: float) -> Activity:
+        """The counters between two GPM samples."""
+        if seconds < MIN_ACTIVITY_WINDOW_S:
+            return _no_activity(seconds, Absent(
+                f"{seconds:.3f} s are too short for the GPU's counters; they need {MIN_ACTIVITY_WINDOW_S:g} s"
+            ))
+        found = self.ask(lambda nvml, _: _gpm_metrics(nvml, first, last))
+        return _no_activity(seconds, found) if isinstance(found, Absent) else Activity(seconds, *found)
 
     def close(self) -> None:
         self.ask(lambda nvml, _: nvml.nvmlShutdown())
+
+
+def _gpm_metrics(nvml: Any, first: Any, last: Any) -> list[float | Absent]:
+    """Each metric on its own may be refused; NVML says so in its return code."""
+    asked = nvml.c_nvmlGpmMetricsGet_t()
+    asked.version, asked.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(ACTIVITY_METRICS)
+    asked.sample1, asked.sample2 = first, last
+    for place, number in enumerate(ACTIVITY_METRICS.values()):
+        asked.metrics[place].metricId = number
+    nvml.nvmlGpmMetricsGet(asked)
+    given = [asked.metrics[place] for place in range(len(ACTIVITY_METRICS))]
+    return [
+        metric.value / 100 if metric.nvmlReturn == nvml.NVML_SUCCESS else Absent(f"NVML: code {metric.nvmlReturn}")
+        for metric in given
+    ]
+
+
+def _no_activity(seconds: float, reason: Absent) -> Activity:
+    return Activity(seconds, reason, reason, reason, reason)
+
+
+class ActivityWatch:
+    """`with sensors.watch_activity() as watch: work()`, then `watch.activity`: what the GPU's counters say of the work.
+
+    Without a GPU, or where its counters are refused, every share is absent with the reason. The work must have ended on the
+    GPU before the block does: counters know nothing of what was only launched.
+    """
+
+    def __init__(self, gpu: _Gpu | Absent, now: Callable[[], float]) -> None:
+        self._gpu, self._now, self._started = gpu, now, 0.0
+        self._first: Any = gpu
+        self.activity = _no_activity(0.0, Absent("nothing was watched yet"))
+
+    def __enter__(self) -> Self:
+        self._first, self._started = self._sample(), self._now()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds, last = self._now() - self._started, self._sample()
+        samples = [s for s in (self._first, last) if not isinstance(s, Absent)]
+        try:
+            if isinstance(self._gpu, Absent) or len(samples) < 2:
+                reason = next(s for s in (self._gpu, self._first, last) if isinstance(s, Absent))
+                self.activity = _no_activity(seconds, reason)
+            else:
+                self.activity = self._gpu.activity(self._first, last, seconds)
+        finally:
+            for sample in samples:
+                self._release(sample)
+
+    def _sample(self) -> Any | Absent:
+        gpu = self._gpu
+        if isinstance(gpu, Absent):
+            return gpu
+        support = gpu.ask(lambda nvml, handle: nvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice)
+        if isinstance(support, Absent) or not support:
+            return support if isinstance(support, Absent) else Absent("this GPU has no GPM counters (Hopper and later do)")
+        sample = gpu.ask(lambda nvml, _: nvml.nvmlGpmSampleAlloc())
+        if isinstance(sample, Absent):
+            return sample
+        taken = gpu.ask(lambda nvml, handle: nvml.nvmlGpmSampleGet(handle, sample))
+        if isinstance(taken, Absent):
+            self._release(sample)
+        return taken
+
+    def _release(self, sample: Any) -> None:
+        assert isinstance(self._gpu, _Gpu)
+        self._gpu.ask(lambda nvml, _: nvml.nvmlGpmSampleFree(sample))
 
 
 def clock_event_names(bits: int) -> tuple[str, ...]:
@@ -192,6 +293,10 @@ class Sensors:
             cpu_mhz=cpu_mhz(),
         )
 
+    def watch_activity(self) -> ActivityWatch:
+        """The GPU's own counters over the block that follows; see ActivityWatch."""
+        return ActivityWatch(self._gpu, self._now)
+
     def readings(self) -> tuple[Reading, ...]:
         """What the thread has read so far, oldest first; the last two hours at most."""
         return tuple(self._readings)
@@ -251,6 +356,13 @@ def conditions(readings: Iterable[Reading]) -> Conditions:
         energy_j=_energy(kept[0].energy_j, kept[-1].energy_j, seconds),
         throttle=events if isinstance(events, Absent) else _harmful(events),
     )
+
+
+def joules_per_token(found: Conditions, tokens: int) -> float | Absent:
+    """Energy of the whole GPU over the tokens that were emitted meanwhile."""
+    if isinstance(found.energy_j, Absent):
+        return found.energy_j
+    return found.energy_j / tokens if tokens > 0 else Absent("no token was emitted")
 
 
 def _present(values: list[T | Absent]) -> list[T] | Absent:

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .records import PHASES, Cell, Run, RunHeader, SpecConfig, Spread, StepRecord, Summary
+from .records import PHASES, Cell, Run, RunHeader, SpecConfig, Spread, StepRecord, Summary, forced_label, not_measured
 from .trees import Counts, observed
-
-_LABELS_TO_SAY = ("forced", "random-weights", "modelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +162,15 @@ def summarize(run: Run) -> Summary:
     return pool((run,))
 
 
+def check_one_acceptance(runs: Iterable[Run]) -> str | None:
+    """The label of forced acceptance that these runs share, None if theirs is measured; ValueError for a mixture."""
+    found = {forced_label(run.header.labels): run.header.run_id for run in runs}
+    if len(found) > 1:
+        kinds = ", ".join(f"{label or 'acceptance: measured'} ({run})" for label, run in found.items())
+        raise ValueError(f"runs of different acceptance are never pooled: {kinds}. Look at them one by one.")
+    return next(iter(found), None)
+
+
 def pool(runs: Sequence[Run]) -> Summary:
     """The metrics of runs of one configuration, as if their rounds had been one run.
 
@@ -175,6 +182,7 @@ def pool(runs: Sequence[Run]) -> Summary:
     configs = sorted({run.header.config for run in runs})
     if len(configs) != 1:
         raise ValueError(f"pool() takes runs of one configuration, got {', '.join(configs) or 'no run'}; use compare()")
+    check_one_acceptance(runs)
     rounds = [step for run in runs for step in run.rounds]
     steady = steady_rounds(runs)
     counts = acceptance(rounds)
@@ -395,7 +403,7 @@ def _cost_words(summary: Summary, off_step_s: float) -> str:
 
 
 def _caveats(summary: Summary) -> str:
-    said = [label for label in _LABELS_TO_SAY if label in summary.labels]
+    said = list(not_measured(summary.labels))
     if summary.busy_steps:
         said.append(f"machine busy in {summary.busy_steps} rounds")
     return f" [{', '.join(said)}]" if said else ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from .records import PHASES, Run, RunHeader, StepRecord
+from .records import PHASES, Run, RunHeader, StepRecord, forced_label
 from .stream import Stream
 
 PERFETTO_MAX_BYTES = 100_000_000  # the viewer loads plain JSON of this size with ease
@@ -308,7 +308,9 @@ def perfetto(run: Run) -> dict[str, Any]:
     Measured and modelled values are named so. Times are microseconds since the start of the run.
     """
     header = run.header
+    forced = forced_label(header.labels)
     title = f"specdec_lab {header.target.get('name', 'target')} {header.cell} {header.config}"
+    title += f" ({forced})" if forced else ""
     events = [_metadata("process_name", title)]
     events += [_metadata("process_labels", ", ".join(header.labels))] if header.labels else []
     events += [_metadata("thread_name", "rounds", _ROUNDS), _metadata("thread_name", "phases", _PHASES)]
@@ -317,7 +319,7 @@ def perfetto(run: Run) -> dict[str, Any]:
         start = max(end, _ticks(step.start_s))
         end = start + _ticks(step.wall_s)
         events += [_round_slice(step, start, end), *_phase_slices(step, start, end)]
-        events += _counters(step, start, "forced" in header.labels)
+        events += _counters(step, start, forced is not None)
     other = {**header.to_dict(), "interrupted": run.interrupted}
     return {"displayTimeUnit": "ms", "distributedInfo": {"rank": 0}, "otherData": other, "traceEvents": events}
 

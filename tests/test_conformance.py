@@ -543,7 +543,8 @@ def test_the_thread_count_is_left_as_it_was():
 def test_the_module_runs_back_ends_by_name_or_by_place(monkeypatch):
     said = []
     assert main(["no-such"], said.append) == 2
-    assert "no back end 'no-such'; known: reference, sdpa, cpu. Name others as package.module:Class" in said[0]
+    known = "reference, sdpa, cpu, triton, flash_attn"
+    assert f"no back end 'no-such'; known: {known}. Name others as package.module:Class" in said[0]
     assert main(["no.such:Thing"], said.append) == 2
     assert "no.such:Thing: No module named 'no'" in said[1]
     assert find("sdpa").name == "sdpa"

@@ -29,7 +29,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "export": (PURE | {"policy"}, set()),
     "sensors": (PURE, {"pynvml"}),
     "workload": (PURE, {"torch"}),
-    "engine": (PURE | {"stream", "summary", "workload", "costs", "machine"}, {"torch", "transformers", "numpy"}),
+    "engine": (PURE | {"stream", "summary", "workload", "costs", "machine", "sensors"}, {"torch", "transformers", "numpy"}),
     "tune": (PURE | {"stream", "summary", "policy", "costs", "trees", "machine"}, {"optuna", "numpy", "scipy"}),
     "view": (PURE | {"stream", "summary", "costs", "trace", "policy"}, {"plotly", "ipywidgets", "anywidget", "numpy"}),
 }

@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from specdec_lab import sensors
-from specdec_lab.sensors import CLOCK_EVENTS, Absent, Reading, Sensors, clock_event_names, conditions
+from specdec_lab.sensors import (
+    ACTIVITY_METRICS,
+    CLOCK_EVENTS,
+    Absent,
+    Conditions,
+    Reading,
+    Sensors,
+    clock_event_names,
+    conditions,
+    joules_per_token,
+)
 
 
 class NvmlError(Exception):
@@ -18,10 +28,11 @@ class StubNvml(SimpleNamespace):
     """The part of pynvml that sensors use, for one GPU; calls named in `refused` raise."""
 
     NVMLError = NvmlError
+    NVML_SUCCESS, NVML_GPM_METRICS_GET_VERSION = 0, 1
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
     def __init__(self, *refused: str) -> None:
-        super().__init__(refused=set(refused), opened=[], num_inits=0, events=0x4)
+        super().__init__(refused=set(refused), opened=[], num_inits=0, events=0x4, samples=[], has_gpm=1, bad_metric=None)
 
     def _call(self, name, value):
         if name in self.refused:
@@ -60,6 +71,29 @@ class StubNvml(SimpleNamespace):
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
         return self._call("nvmlDeviceGetCurrentClocksEventReasons", self.events)
+
+    def nvmlGpmQueryDeviceSupport(self, handle):
+        return SimpleNamespace(isSupportedDevice=self._call("nvmlGpmQueryDeviceSupport", self.has_gpm))
+
+    def nvmlGpmSampleAlloc(self):
+        self.samples.append(f"sample{len(self.samples)}")
+        return self.samples[-1]
+
+    def nvmlGpmSampleGet(self, handle, sample):
+        return self._call("nvmlGpmSampleGet", sample)
+
+    def nvmlGpmSampleFree(self, sample):
+        self.samples[self.samples.index(sample)] = "freed"
+
+    def c_nvmlGpmMetricsGet_t(self):
+        return SimpleNamespace(metrics=[SimpleNamespace(nvmlReturn=0, value=0.0) for _ in range(8)])
+
+    def nvmlGpmMetricsGet(self, asked):
+        self._call("nvmlGpmMetricsGet", None)
+        assert (asked.version, asked.sample1, asked.sample2) == (1, "sample0", "sample1")
+        for metric in asked.metrics[: asked.numMetrics]:
+            metric.value = metric.metricId * 8.0
+            metric.nvmlReturn = 3 if metric.metricId == self.bad_metric else 0
 
 
 def ticks(count):
@@ -199,3 +233,65 @@ def test_the_cpu_clock_is_the_mean_over_the_cores_that_tell(tmp_path):
         folder.mkdir(parents=True)
         (folder / "scaling_cur_freq").write_text(khz)
     assert sensors.cpu_mhz(tmp_path) == 1500.0
+
+
+def watched(nvml, seconds=0.5):
+    times = iter([0.0, seconds])
+    s = Sensors(nvml=nvml, now=lambda: next(times))
+    with s.watch_activity() as watch:
+        pass
+    return watch.activity
+
+
+def test_the_gpus_counters_become_shares_and_every_sample_is_freed():
+    nvml = StubNvml()
+    found = watched(nvml)
+    assert (found.seconds, found.dram_bandwidth, found.sm_occupancy, found.tensor, found.hmma) == (0.5, 0.8, 0.24, 0.4, 0.56)
+    assert nvml.samples == ["freed", "freed"]
+
+
+def test_the_numbers_of_the_counters_are_those_of_nvml():
+    pynvml = pytest.importorskip("pynvml")
+    names = {"dram_bandwidth": "DRAM_BW_UTIL", "sm_occupancy": "SM_OCCUPANCY", "tensor": "ANY_TENSOR_UTIL",
+             "hmma": "HMMA_TENSOR_UTIL"}
+    assert {k: getattr(pynvml, f"NVML_GPM_METRIC_{n}") for k, n in names.items()} == ACTIVITY_METRICS
+    made = pynvml.c_nvmlGpmMetricsGet_t()
+    made.metrics[3].metricId = 7  # the fields that we write exist
+    assert {name for name, *_ in made._fields_} == {"version", "numMetrics", "sample1", "sample2", "metrics"}
+
+
+@pytest.mark.parametrize("call", ["nvmlGpmQueryDeviceSupport", "nvmlGpmSampleGet", "nvmlGpmMetricsGet"])
+def test_counters_that_are_refused_are_absent_with_the_reason_and_no_sample_is_left(call):
+    nvml = StubNvml(call)
+    found = watched(nvml)
+    assert {found.dram_bandwidth, found.sm_occupancy, found.tensor, found.hmma} == {Absent("NVML: Not Supported")}
+    assert set(nvml.samples) <= {"freed"}
+
+
+def test_one_refused_counter_leaves_the_others():
+    nvml = StubNvml()
+    nvml.bad_metric = ACTIVITY_METRICS["hmma"]
+    found = watched(nvml)
+    assert (found.tensor, found.hmma) == (0.4, Absent("NVML: code 3"))
+
+
+def test_counters_say_why_they_are_absent_on_an_older_gpu_a_short_stretch_and_no_gpu():
+    older = StubNvml()
+    older.has_gpm = 0
+    assert "Hopper and later" in watched(older).tensor.reason
+    assert "0.050 s are too short" in watched(StubNvml(), 0.05).tensor.reason
+    assert watched(StubNvml("nvmlInit")).tensor == Absent("NVML: Not Supported")
+
+
+def test_a_package_without_a_call_is_absent_and_says_that_it_is_too_old():
+    class Old(StubNvml):
+        nvmlGpmQueryDeviceSupport = property()
+
+    assert "too old" in watched(Old()).tensor.reason
+
+
+def test_joules_per_token_need_an_energy_and_a_token():
+    nothing = Absent("nothing")
+    assert joules_per_token(Conditions(2.0, nothing, nothing, 600.0, nothing), 300) == 2.0
+    assert joules_per_token(Conditions(2.0, nothing, nothing, nothing, nothing), 300) == nothing
+    assert "no token" in joules_per_token(Conditions(2.0, nothing, nothing, 600.0, nothing), 0).reason

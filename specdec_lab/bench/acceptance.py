@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import machine
-from ..records import Cell, KvView, SpecConfig, StepRecord, TreeShape
+from ..records import Cell, StepRecord, TreeShape, UnsupportedConfig
 from ..stream import record
-from ..trees import Counts, RankFit, best_tree, expected_tokens, fit_acceptance, observed
+from ..trees import Counts, Drafting, RankFit, best_tree, expected_tokens, fit_acceptance, observed, probe_tree
 from ..workload import Sampling, Workload
 from .sessions import Sessions
 
@@ -21,57 +21,8 @@ if TYPE_CHECKING:
     from ..engine.loop import Engine
 
 SCHEMA = "specdec_lab.acceptance/1"
-PROBE_NODES = 63  # with the root, what the compiled kernel verifies at once
 SIZES = (4, 8, 16, 32, 64)  # nodes, root counted
 LEVELS = 9  # of the trees that are compared, root's counted: deeper ones extrapolate too far
-
-
-@dataclass(frozen=True, slots=True)
-class Drafting:
-    """Who drafts through which view; the tree is the probe's own. Spelled `self:4+60`, `model:full`, `ngram`."""
-
-    drafter: str
-    view: KvView | None
-
-    @classmethod
-    def parse(cls, text: str) -> Drafting:
-        """Read a configuration without its tree."""
-        if "/" in text or text.strip() == "off":
-            raise ValueError(f"{text!r}: the probe drafts a tree of its own; name drafter and view only, for example self:4+60")
-        config = SpecConfig.parse(f"{text.strip()}/chain1")
-        return cls(config.drafter, config.view)
-
-    def __str__(self) -> str:
-        return self.drafter if self.view is None else f"{self.drafter}:{self.view}"
-
-    def config(self, tree: TreeShape) -> SpecConfig:
-        """The configuration that drafts this tree."""
-        return SpecConfig(self.drafter, self.view, tree)
-
-
-def probe_tree(width: int, depth: int, most_nodes: int = PROBE_NODES) -> TreeShape:
-    """`width` children for the root and for the likeliest nodes of every level above `depth`, in at most `most_nodes` nodes.
-
-    Nodes of low rank are likely to be accepted, and only children of accepted nodes are examined. Nodes without children stay
-    leaves, so that every examined node has `width` children.
-    """
-    if width < 1 or depth < 1:
-        raise ValueError(f"a probe needs a width and a depth of at least 1, got {width} and {depth}")
-    if width * depth > most_nodes:
-        needed = width * depth
-        raise ValueError(f"a probe of width {width} and depth {depth} has at least {needed} nodes; {most_nodes} are possible")
-    spare = most_nodes // width - depth  # families beyond the one that every level has
-    parents: list[int] = [-1] * width
-    level = [(rank, rank - 1) for rank in range(1, width + 1)]  # (product of ranks on the path, node)
-    for below in range(1, depth):
-        extra = spare // (depth - below)
-        chosen = sorted(level)[: 1 + extra]
-        spare -= len(chosen) - 1
-        level = []
-        for cost, node in sorted(chosen, key=lambda item: item[1]):
-            level += [(cost * rank, len(parents) + rank - 1) for rank in range(1, width + 1)]
-            parents += [node] * width
-    return TreeShape(tuple(parents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +100,22 @@ class AcceptanceReport:
 def measure_acceptance(
     engine: Engine, drafting: Drafting, cell: Cell, *, width: int = 8, depth: int = 3,
     workload: str | Callable[[Cell], Workload] = "prose", sampling: Sampling | None = None, new_tokens: int = 128,
-    sizes: Sequence[int] = SIZES, say: Callable[[str], None] = lambda line: None,
+    sizes: Sequence[int] = SIZES, sessions: Sessions | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> AcceptanceReport:
     """Run the probe over a cell's prompts until every row has `new_tokens`, and count.
 
     Text is that of plain decoding: a probe changes what is drafted, never what is said. ValueError for a probe that is too
     large; UnsupportedConfig for a drafter that this engine lacks.
+
+    sessions  of the same workload, sampling and new tokens, whose prompts need not be read again
     """
+    if (forced := engine.identity().base.get("acceptance")) is not None:
+        raise UnsupportedConfig(f"{forced}: there is nothing to measure. Load the engine without it.")
     sampling = sampling or {}
     config = drafting.config(probe_tree(width, depth))
     say(f"probing {drafting} at {cell}: {new_tokens} tokens of {cell.batch} sequences")
-    run = record(Sessions(engine, workload, max_new_tokens=new_tokens, sampling=sampling).steps(cell, config))
+    sessions = sessions or Sessions(engine, workload, max_new_tokens=new_tokens, sampling=sampling)
+    run = record(sessions.steps(cell, config))
     header = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": engine.identity().device,
         "base": dict(engine.identity().base), "key": engine.identity().of(config), "machine": machine.facts(),

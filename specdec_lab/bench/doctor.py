@@ -132,9 +132,10 @@ def _engine(engine: Engine | None, why_not: str) -> Iterable[Finding]:
         "rounds", NOTE, f"layer by layer: {reason}"
     )
     yield _threads(engine.threads.most, machine.openmp_libraries())
+    kind, threads = ("float32", ", all threads") if pair.target.device.type == "cpu" else ("bfloat16", "")
     yield Finding(
-        "ceilings", OK, f"reads {rates.read_bytes_per_s / 1e9:.1f} GB/s, multiplies {rates.gemm_flops_per_s / 1e9:.0f} GFLOP/s "
-        "in float32 (measured just now, all threads)",
+        "ceilings", OK, f"reads {rates.read_bytes_per_s / 1e9:.1f} GB/s (streams differ by {rates.read_spread:.0%}), "
+        f"multiplies {rates.gemm_flops_per_s / 1e9:.0f} GFLOP/s in {kind} (measured just now{threads})",
     )
     yield from _backends(engine)
 

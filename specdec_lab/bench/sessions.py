@@ -10,16 +10,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..engine.cache import CacheTooLarge, available_bytes
+from ..engine.cache import CacheTooLarge, available_bytes, check_fits
 from ..records import Cell
 from ..stream import Stream
-from ..workload import ANSWER_TOKENS, NEEDLE, Sampling, Tokenizer, Workload, make, why_not
+from ..workload import ANSWER_TOKENS, NEEDLE, Sampling, Tokenizer, Workload, make, random_context, why_not
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine, OpenSession
     from ..engine.models.loading import ModelPair
 
 MAX_NEW_TOKENS = 512
+RANDOM = "random"
 MIN_NEW_TOKENS = 128  # also where that leaves the trained length, which the run then says in its labels
 KEPT_TEXTS = 256
 
@@ -27,7 +28,8 @@ KEPT_TEXTS = 256
 class Sessions:
     """Streams of any cell of one workload; what does not fit beside an open session takes its place.
 
-    workload  a kind of workload.KINDS (needle is for the needle model), or a function from cell to Workload
+    workload  a kind of workload.KINDS (needle is for the needle model), "random" (ids and KV of chance, for timing only), or a
+              function from cell to Workload
     """
 
     def __init__(
@@ -61,13 +63,7 @@ class Sessions:
 
     def _check_prompts_fit(self, cell: Cell) -> None:
         """Refuse what cannot fit before its text is made: a batch of millions would take minutes to draw."""
-        needed, free = self._kv_bytes(cell, cell.length), self._free_bytes()
-        if needed > free:
-            device, most = self.engine.pair.target.device, int(cell.batch * free) // needed
-            raise CacheTooLarge(
-                f"the KV of its prompts alone needs {needed:,} bytes; {free:,.0f} are free on {device}. Use a smaller batch or "
-                f"length: at most {most} sequences of this length fit"
-            )
+        check_fits(self.engine.pair.target, cell.batch, cell.length)
 
     def _kv_bytes(self, cell: Cell, tokens: int) -> int:
         """KV of the target, with `tokens` per row."""
@@ -108,6 +104,8 @@ class Sessions:
 def _held_out(
     pair: ModelPair, kind: str, max_new_tokens: int, sampling: Sampling
 ) -> Callable[[Cell], Workload]:
+    if kind == RANDOM:
+        return lambda cell: random_context(cell, pair.target.shape.vocab, max_new_tokens=max_new_tokens, **sampling)
     if reason := why_not(kind, pair.tokenizer, pair.target.shape.vocab, pair.name):
         raise ValueError(reason)
     tokenizer = None if pair.tokenizer is None else _Remembering(pair.tokenizer)

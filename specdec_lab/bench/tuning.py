@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..policy import Policy
 from ..records import Cell, fingerprint
-from ..tune import Database, Plan, Progress, Protocol, find_database, make_plan, tune
+from ..tune import SNAPKV_BUDGETS, Database, Plan, ProbePlan, Progress, Protocol, find_database, make_plan, tune
+from ..tune.assemble import refuse_forced
 from ..tune.folder import RunFolder
 from ..workload import Sampling, Workload
 from .sessions import Sessions
@@ -36,9 +37,11 @@ class Tuning:
     workload: str
     temperature: float
     seed: int
+    allow_forced: bool = False
 
     def check(self) -> None:
         """Raise now what would end the run: a database or folder that cannot be written, another plan, another tuner."""
+        refuse_forced([str(self.engine.identity().base.get("acceptance", ""))], self.allow_forced)
         self.database.check_writable()
         with RunFolder(self.run_dir, self.plan, self.engine.identity(), self.workload, self.temperature, self.seed):
             pass
@@ -50,6 +53,7 @@ class Tuning:
         return tune(
             self.plan, self.sessions, self.engine.identity(), self.database, run_dir=self.run_dir, workload=self.workload,
             temperature=self.temperature, seed=self.seed, report=report, stop=stop,
+            allow_forced=self.allow_forced,
         )
 
 
@@ -57,17 +61,23 @@ def prepare(
     engine: Engine, batches: Sequence[int], lengths: Sequence[int], budget_s: float, *, workload: str = "prose",
     texts: Callable[[Cell], Workload] | None = None, database: str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None, sampling: Sampling | None = None, protocol: Protocol | None = None,
+    allow_forced: bool = False,
 ) -> Tuning:
     """A tuning of this engine; nothing is measured or written yet.
 
     workload  a kind of shipped held-out text, or the name under which the prompts that `texts` gives are recorded
     database  where measurements go; found as `specdec_lab.tune.find_database` does when left out
+    allow_forced  write a policy although acceptance is forced
     run_dir   when left out, one made from what is tuned, so that the same call resumes
     """
     sampling = sampling or {}
     sessions = Sessions(engine, texts or workload, sampling=sampling)
     identity, pair = engine.identity(), engine.pair
-    plan = make_plan(batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol)
+    has_lists = engine.backend.why_not(replace(pair.target.need(), index_list=True)) is None
+    plan = make_plan(
+        batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol,
+        snapkv=SNAPKV_BUDGETS if has_lists else (), probe=ProbePlan(),
+    )  # fmt: skip
     draft = pair.draft.name if pair.draft else "model"
     temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed", 0)
     same = (plan.to_dict(), identity.base, identity.drafters, temperature, seed)
@@ -75,4 +85,5 @@ def prepare(
     return Tuning(
         engine, plan, sessions, Database(find_database(database).path, identity, Path(pair.name).name, draft),
         Path(run_dir) if run_dir else folder, workload, temperature, seed,
+        allow_forced,
     )

@@ -16,7 +16,8 @@ FILE = "acceptance.jsonl"
 
 def acceptance(lab: Lab, args: Namespace) -> Outcome:
     """Measure; `--save` appends the row to the database's bench folder. An interrupt keeps what was counted."""
-    from ..bench.acceptance import Drafting, measure_acceptance
+    from ..bench.acceptance import measure_acceptance
+    from ..trees import Drafting
     from ..tune import find_database
     from ..tune.db import append_lines
     from ..workload import Sampling

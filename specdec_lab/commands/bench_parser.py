@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from ..records import Cell, TreeShape, parse_count
-from .parser import WORKLOADS, Parser, Verbs, choose_model, offer_json
+from .parser import LOADS, WORKLOADS, Parser, Verbs, choose_model, offer_json
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts, split_names
 
 DEFAULT_ACTION = "race"
@@ -36,7 +36,7 @@ def add_bench(verbs: Verbs) -> None:
                       "race --cells 1x1k,8x4k --save", "overhead --cell 8x1k --config self:4+60/chain3 --save",
                       parser_class=BenchParser)
     actions = Verbs(bench.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser), bench.prog)
-    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _attention, _scaling, _overhead)
+    add_actions: tuple[Callable[[Verbs], None], ...] = (_race, _attention, _scaling, _overhead, _lossless, _trees)
     for add in add_actions:
         add(actions)
 
@@ -152,7 +152,7 @@ def _scaling(actions: Verbs) -> None:
                         help="default: self:4+60/chain3,self:4+252/chain4,model:4+124/chain3; off always runs beside them")
     action.add_argument("--widths", type=spelled(split_counts), metavar="N,...",
                         help="verified tokens measured in three spread cells (default: 1,2,4,5,8,9,16)")
-    action.add_argument("--workload", choices=WORKLOADS, help="shipped text, or needle with --model needle (default: prose)")
+    action.add_argument("--workload", choices=LOADS, help="shipped text, needle with --model needle, or random (timing only)")
     action.add_argument("--temperature", type=spelled(positive), metavar="T", help="sample at T (default: greedy)")
     action.add_argument("--verifier", choices=("rejection", "coupled"), help="when sampling (default: rejection)")
     action.add_argument("--seed", type=int, metavar="N", help="of sampling and of the places in the text (default: 0)")
@@ -165,6 +165,45 @@ def _scaling(actions: Verbs) -> None:
     save_options(action)
     choose_model(action)
     offer_json(action)
+
+
+def _lossless(actions: Verbs) -> None:
+    action = actions.add("lossless", "chi-square of what is said, chains and trees of every drafter, against the exact law", "",
+                         "--samples 12000 --save", handler="examining:lossless")
+    action.add_argument("--samples", type=spelled(parse_count), default=12_000, metavar="N",
+                        help="texts per configuration, at least 3000 (default: 12000)")
+    action.add_argument("--backend", metavar="NAME", default="auto", help="attention back end (doctor lists them)")
+    save_options(action)
+    offer_json(action)
+
+
+def _trees(actions: Verbs) -> None:
+    action = actions.add(
+        "trees", "tokens per round: the best tree by measured ranks, a chain, plain top-k trees of equal size", "",
+        "--drafts self:4+60,ngram --lengths 1k,4k --sizes 8,16 --save", handler="trees:trees",
+    )
+    action.add_argument("--drafts", metavar="DRAFTER:VIEW,...",
+                        help="default: self:4+60,self:4+252,self:snapkv256+32,model:4+252,ngram")
+    action.add_argument("--lengths", type=spelled(split_counts), default=(1024, 4096, 7936), metavar="N,...",
+                        help="default: 1024,4096,7936 (the shipped pair knows 8192 positions)")
+    action.add_argument("--temperatures", type=spelled(split_temperatures), default=(0.0, 0.8), metavar="T,...",
+                        help="default: 0,0.8")
+    action.add_argument("--batch", type=spelled(parse_count), default=4, metavar="B", help="prompts (default: 4)")
+    action.add_argument("--sizes", type=spelled(split_counts), default=(8, 16), metavar="N,...",
+                        help="nodes, root counted (default: 8,16)")
+    action.add_argument("--new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
+    action.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    action.add_argument("--verifier", choices=("rejection", "coupled"), default="rejection", help="when sampling")
+    action.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of the places in the text")
+    action.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    save_options(action)
+    choose_model(action)
+    offer_json(action)
+
+
+def split_temperatures(text: str) -> tuple[float, ...]:
+    """`0,0.8`."""
+    return tuple(0.0 if float(part) == 0 else positive(part) for part in text.split(","))
 
 
 def save_options(action: Parser) -> None:

@@ -68,3 +68,18 @@ def demo(lab: Lab, args: Namespace) -> Outcome:
     engine = lab.engine_for(args)
     result = run_demo(engine, folder, budget_s=args.budget, say=Screen(lab.err).say)
     return Outcome(result, str(result), result.to_dict(), RED if result.mismatches else OK)
+
+
+def lossless(lab: Lab, args: Namespace) -> Outcome:
+    """Check the law of speculation; red if a check failed or a control was not told apart."""
+    from ..bench.lossless import lossless as measure
+    from ..tune import find_database
+    from ..tune.db import append_lines
+
+    lab.check_idle("bench")
+    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    with asked():
+        report = measure(samples=args.samples, backend=args.backend, say=Screen(lab.err).say)
+    if folder is not None:
+        append_lines(folder / "lossless.jsonl", [json.dumps(report.to_dict(), sort_keys=True, allow_nan=False)])
+    return Outcome(report, str(report), report.to_dict(), RED if report.faults else OK)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..records import Run, SpecConfig
-from ..workload import NEEDLE, Sampling, Workload, from_file, from_text, make, retrieved, why_not
+from ..workload import NEEDLE, Sampling, Workload, from_file, from_text, make, random_context, retrieved, why_not
 from .files import writable_file
-from .lab import Lab
+from .lab import Lab, is_first_rank
 from .mistakes import UserMistake, asked
 from .outcome import INTERRUPTED, OK, Outcome, StreamJob
 
 if TYPE_CHECKING:
+    from ..engine.loop import Engine
     from ..engine.models.loading import ModelPair
     from ..policy import Policy
 
@@ -26,14 +27,15 @@ def run(lab: Lab, args: Namespace) -> StreamJob:
 
     lab.check_idle("run")
     _check_source(args)
-    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto else None
+    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto and is_first_rank() else None
     with asked():
         config = configuration(args.config)
     engine = lab.engine_for(args)
     with asked():
-        workload = _workload(engine.pair, args)
+        workload = _workload(engine, args)
         stream = engine.steps(workload, config)
-        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if args.trace else []
+        is_traced = args.trace and is_first_rank()
+        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if is_traced else []
     pair = engine.pair
 
     def conclude(runs: Sequence[Run]) -> Outcome:
@@ -71,14 +73,19 @@ def _check_source(args: Namespace) -> None:
         raise UserMistake("the prompt is empty: there is nothing to continue")
 
 
-def _workload(pair: ModelPair, args: Namespace) -> Workload:
-    sampling = sampling_of(args)
+def _workload(engine: Engine, args: Namespace) -> Workload:
+    pair, sampling = engine.pair, sampling_of(args)
+    if args.workload is not None:  # before the text of millions of prompts is made
+        engine.check_memory(args.cell.batch, args.cell.length + args.max_new_tokens)
+    if args.workload == "random":
+        return random_context(args.cell, pair.target.shape.vocab, max_new_tokens=args.max_new_tokens, **sampling)
     if args.workload is not None:
         if reason := why_not(args.workload, pair.tokenizer, pair.target.shape.vocab, pair.name):
             raise UserMistake(reason)
         return make(args.workload, args.cell, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
     if pair.tokenizer is None:
-        raise UserMistake(f"{pair.name} was loaded without a tokenizer and cannot read text; load a folder that holds one")
+        raise UserMistake(f"{pair.name} was loaded without a tokenizer and cannot read text; load a folder that holds one, or "
+                        "give it --workload random --cell 1x1024")
     if args.file is not None and args.file != "-":
         return from_file(args.file, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
     prompts = args.prompt or [sys.stdin.read()]

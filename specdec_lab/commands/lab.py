@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,8 +15,13 @@ if TYPE_CHECKING:
     from ..engine.models.loading import ModelPair
     from ..policy import Policy
 
-PLACEMENT = ("device", "dtype", "kv_dtype", "runner", "draft_positions")
+PLACEMENT = ("device", "dtype", "kv_dtype", "runner", "draft_positions", "tensor_parallel", "shard")
 MEASURING = ("run", "profile", "tune")  # in the background; what else is measured meanwhile would disturb and be disturbed
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks and writes files: of those that torchrun started, one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Background(Protocol):
@@ -64,7 +70,14 @@ class Lab:
 
     def engine_for(self, args: Namespace) -> Engine:
         """The engine in use if the arguments name no other, else a new one, which is then in use."""
-        wanted = {name: value for name in ("model", "draft", "backend", *PLACEMENT) if (value := getattr(args, name, None))}
+        names = ("model", "draft", "backend", "forced_acceptance", *PLACEMENT)
+        wanted: dict[str, Any] = {name: value for name in names if (value := getattr(args, name, None))}
+        if (shape := getattr(args, "random_weights", None)) is not None:
+            if "model" in wanted:
+                raise UserMistake(f"--random-weights {shape} is a model already; leave {wanted['model']} out")
+            wanted["model"] = f"random:{shape}"
+        if wanted.get("tensor_parallel", 1) > 1 and args.verb != "run":
+            raise UserMistake(f"{args.verb} ends runs by the clock, which differs between ranks; --tensor-parallel is for run")
         if self.engine is None or wanted:
             self.engine = self._make(wanted)
         return self.engine
@@ -82,14 +95,14 @@ class Lab:
             self.variables[name] = engine
         return engine
 
-    def _make(self, wanted: dict[str, str]) -> Engine:
+    def _make(self, wanted: dict[str, Any]) -> Engine:
         with asked():
             from ..engine.loop import Engine
 
             placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
             self.source = wanted.get("model", "demo"), wanted.get("draft")
             pair = self._load(*self.source, **placement)
-            return Engine(pair, wanted.get("backend", "auto"))
+            return Engine(pair, wanted.get("backend", "auto"), forced=wanted.get("forced_acceptance"))
 
     def check_idle(self, name: str) -> None:
         """Refuse to measure while another verb measures in the background; the same verb replaces its earlier run."""

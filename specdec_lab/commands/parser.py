@@ -12,6 +12,7 @@ from .mistakes import UserMistake
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
 
 WORKLOADS = ("prose", "code", "revision", "conversation", "needle")
+LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
 EXIT_CODES = """
@@ -47,8 +48,9 @@ def build_parser(prog: str = SHELL) -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     from .acceptance_parser import add_acceptance
     from .bench_parser import add_bench
+    from .gpu_parser import add_gpu
 
-    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_acceptance, _demo):
+    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_gpu, add_acceptance, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))
@@ -93,7 +95,8 @@ def _run(verbs: Verbs) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch")
     source.add_argument("--file", metavar="FILE", help='a text file, or .jsonl with one {"text": ...} per line; - reads stdin')
-    source.add_argument("--workload", choices=WORKLOADS, help="shipped text; needle with --model needle; needs --cell")
+    source.add_argument("--workload", choices=LOADS,
+                        help="shipped text, needle with --model needle, or random ids and KV (timing); needs --cell")
     verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
     verb.add_argument("--config", default="off", metavar="CONFIG",
                       help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
@@ -115,8 +118,8 @@ def _profile(verbs: Verbs) -> None:
     verb.add_argument("--cells", type=spelled(split_cells), required=True, metavar="BxL,...", help="for example 1x1024,8x4k")
     verb.add_argument("--configs", type=spelled(split_configs), required=True, metavar="CONFIG,...",
                       help="for example off,self:4+60/chain3; off is added if left out")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose",
-                      help="shipped text, or needle with --model needle (default: prose)")
+    verb.add_argument("--workload", choices=LOADS, default="prose",
+                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
     verb.add_argument("--blocks", type=spelled(parse_count), default=4, metavar="N",
                       help="interleaved repetitions; the interval comes from them (default: 4)")
     verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
@@ -138,12 +141,13 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--lengths", type=spelled(split_counts), default=(512, 1024, 4096), metavar="N,...",
                       help="default: 512,1k,4k")
     verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="90s, 2m (default: 120s)")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose",
-                      help="shipped text, or needle with --model needle (default: prose)")
+    verb.add_argument("--workload", choices=LOADS, default="prose",
+                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
     verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
+    verb.add_argument("--allow-forced", action="store_true", help="write a policy although acceptance is forced")
     sampling_options(verb)
     choose_model(verb)
     offer_json(verb)
@@ -151,12 +155,14 @@ def _tune(verbs: Verbs) -> None:
 
 def _policy(verbs: Verbs) -> None:
     verb = verbs.add(
-        "policy", "show a policy, explain an answer of it, or check it against this machine", "show", "show 8x4k",
-        "explain 4x2k --policy runs/demo/policy.json", "check", handler="policies:policy",
+        "policy", "show a policy, explain an answer, draw its trees, or check it against this machine", "show", "show 8x4k",
+        "explain 4x2k --policy runs/demo/policy.json", "trees --out trees.svg", "check", handler="policies:policy",
     )
-    verb.add_argument("action", choices=("show", "explain", "check"), help="what to do")
+    verb.add_argument("action", choices=("show", "explain", "trees", "check"),
+                      help="trees: how large a tree pays where, and why")
     verb.add_argument("cell", nargs="?", type=spelled(Cell.parse), metavar="CELL", help="batch and length: 8x4k")
     verb.add_argument("--policy", metavar="FILE", help="default: policy.json, as tune writes it")
+    verb.add_argument("--out", metavar="FILE", help="of trees: write the picture here, .svg or .html")
     choose_model(verb)
     offer_json(verb)
 
@@ -171,7 +177,7 @@ def _export(verbs: Verbs) -> None:
     verb.add_argument("--length", metavar="N", help="usual context of the deployment, for example 4k; or: each")
     verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                       help="of the engine, for example draft_model=my/draft")
-    verb.add_argument("--allow-labelled", action="store_true",
+    verb.add_argument("--allow-labelled", "--allow-forced", action="store_true",
                       help="export a policy labelled forced, random-weights or modelled")
     verb.add_argument("--out", metavar="DIR", help="write the files here instead of printing them")
     offer_json(verb)
@@ -213,13 +219,22 @@ def _stop(verbs: Verbs) -> None:
 
 
 def _placement(verb: Parser) -> None:
-    verb.add_argument("--draft", metavar="MODEL", help="draft model: a folder or a hub name")
+    verb.add_argument("--random-weights", metavar="NAME",
+                      help="a model by its sizes, with random weights, for timing: llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, "
+                           "draft-1b, tiny; as --model random:NAME")
+    verb.add_argument("--draft", metavar="MODEL", help="draft model: a folder, a hub name, or random:draft-1b")
     verb.add_argument("--device", metavar="DEVICE", help="auto, cpu or cuda (default: auto)")
     verb.add_argument("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 (default: auto)")
     verb.add_argument("--kv-dtype", metavar="DTYPE", help="of keys and values in the cache (default: as --dtype)")
     verb.add_argument("--runner", choices=("auto", "fast", "hf"), help="fast: ours; hf: transformers' modules (default: auto)")
     verb.add_argument("--draft-positions", choices=("absolute", "cache"),
                       help="cache: for a draft trained on shorter texts than these; its window then fits (default: absolute)")
+    verb.add_argument("--forced-acceptance", metavar="ALPHA",
+                      help="accept each draft with this chance instead of testing it, all else runs: for timing; also "
+                           "marginals:0.8,0.6 or ranks:0.6,0.2")
+    verb.add_argument("--tensor-parallel", type=spelled(parse_count), metavar="N",
+                      help="cut the target among N processes: torchrun --nproc-per-node N -m specdec_lab ...")
+    verb.add_argument("--shard", metavar="N/RANKS", help="one shard alone, for timing: 1/8; its tokens mean nothing")
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
 
 

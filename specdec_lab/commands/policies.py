@@ -11,6 +11,7 @@ from .files import writable_folder
 from .lab import Lab
 from .mistakes import UserMistake, asked
 from .outcome import OK, RED, Outcome, Words
+from .tree_sizes import outcome
 
 if TYPE_CHECKING:
     from ..export import Exported
@@ -27,6 +28,10 @@ def policy(lab: Lab, args: Namespace) -> Outcome:
         found = _policy(lab, args.policy)
     if args.action == "check":
         return _check(lab, args, found)
+    if args.action == "trees":
+        return outcome(found, args.out)
+    if args.out:
+        raise UserMistake(f"policy {args.action} writes no file; --out belongs to policy trees")
     if args.action == "explain":
         if args.cell is None:
             raise UserMistake("policy explain needs a cell, batch and length, for example: policy explain 8x4k")

@@ -37,6 +37,8 @@ def race(lab: Lab, args: Namespace) -> Outcome:
     screen = Screen(lab.err)
     engine = lab.engine_for(args)
     _check_float32(engine)
+    if engine.forced is not None:
+        raise UserMistake(f"{engine.forced.label}: the tokens mean nothing, so no race can check them. Race without it")
     target, draft = _checkpoints(lab)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())

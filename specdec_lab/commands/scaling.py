@@ -21,6 +21,7 @@ FILE = "scaling.jsonl"
 OF_A_MEASUREMENT = (
     "batches", "lengths", "configs", "widths", "workload", "blocks", "block_seconds", "temperature", "verifier", "seed",
     "model", "draft", "device", "dtype", "kv_dtype", "runner", "backend",
+    "random_weights", "forced_acceptance", "tensor_parallel", "shard",
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def tune(lab: Lab, args: Namespace) -> TuneJob | Outcome:
 
         tuning = prepare(
             engine, args.batches, args.lengths, args.budget, workload=args.workload, database=args.db, run_dir=args.run,
-            sampling=sampling_of(args),
+            sampling=sampling_of(args), allow_forced=args.allow_forced,
         )
         plan = tuning.plan
         if args.dry_run:

@@ -17,6 +17,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool = False
+    head_shards: int = 1  # of one shard of a model: it holds this part of the output head (heads and MLP are its own sizes)
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
@@ -34,12 +35,14 @@ class ModelShape:
     @property
     def linear_params(self) -> int:
         """What one forward reads: the blocks and the output head. Embedding rows are looked up, not read whole."""
-        return self.block_params + self.vocab * self.hidden
+        return self.block_params + self.vocab * self.hidden // self.head_shards
 
     @property
     def params(self) -> int:
         """What must be stored: an untied model keeps its embedding beside the head."""
-        return self.linear_params + (0 if self.tied else self.vocab * self.hidden)
+        if self.tied:  # the head is (part of) the embedding
+            return self.block_params + self.vocab * self.hidden
+        return self.linear_params + self.vocab * self.hidden
 
     def weight_bytes(self, element_bytes: int) -> int:
         """Bytes of weights that one forward reads."""

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from .attention import AttentionBackend, Need, ReferenceBackend, SdpaBackend
 from .cpu_backend import CpuBackend
+from .flash_backend import FlashBackend
+from .triton_backend import TritonBackend
 
 
 class BackendUnavailable(RuntimeError):
     """A back end asked for by name cannot do what is needed; the message says why and what to use instead."""
 
 
-BACKENDS: dict[str, AttentionBackend] = {"reference": ReferenceBackend(), "sdpa": SdpaBackend(), "cpu": CpuBackend()}
-AUTOMATIC = {"cpu": ("cpu", "sdpa"), "cuda": ("sdpa",)}  # in order of preference
+BACKENDS: dict[str, AttentionBackend] = {
+    "reference": ReferenceBackend(), "sdpa": SdpaBackend(), "cpu": CpuBackend(), "triton": TritonBackend(),
+    "flash_attn": FlashBackend(),
+}  # fmt: skip
+AUTOMATIC = {"cpu": ("cpu", "sdpa"), "cuda": ("triton", "sdpa")}  # in order of preference; the others only by name
 
 
 def pick(name: str, need: Need) -> tuple[AttentionBackend, dict[str, str]]:

@@ -7,14 +7,15 @@ the forward that wrote them. The last slot is scratch for padding tokens. Not kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import memory
 
-SLOT_MULTIPLE = 256
+if TYPE_CHECKING:
+    from .models.runner import Runner
 
 
 class CacheTooLarge(MemoryError):
@@ -23,8 +24,9 @@ class CacheTooLarge(MemoryError):
 
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch keeps for later is free to us too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
@@ -35,25 +37,29 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def cache_bytes(layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, element_bytes: int) -> int:
-    """Bytes of the KV tensor."""
-    return 2 * layers * batch * kv_heads * slots * head_dim * element_bytes
+def check_fits(runner: Runner, batch: int, tokens: int) -> None:
+    """Raise CacheTooLarge if the KV of a model cannot hold `batch` sequences of `tokens`; nothing is allocated."""
+    shape, free = runner.shape, available_bytes(runner.device)
+    if free is not None:
+        slot_bytes = shape.kv_bytes_per_token(runner.kv_dtype.itemsize)
+        plan = memory.MemoryPlan(batch, tokens, slot_bytes, free, shape.params * runner.dtype.itemsize)
+        if reason := plan.why_not(str(runner.device)):
+            raise CacheTooLarge(reason)
 
 
 class KvCache:
     """kv [layers, 2, batch, kv_heads, slots, head_dim]; committed [batch] int64, tokens whose KV is final."""
 
     def __init__(
-        self, layers: int, batch: int, kv_heads: int, max_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, layers: int, batch: int, kv_heads: int, max_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+        *, weight_bytes: int = 0,
     ) -> None:
-        slots = -(-(max_tokens + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        needed = cache_bytes(layers, batch, kv_heads, slots, head_dim, dtype.itemsize)
-        free = available_bytes(device)
-        if free is not None and needed > free:
-            raise CacheTooLarge(
-                f"the KV cache of {batch} sequences x {max_tokens} tokens needs {needed:,} bytes; {free:,} are free on "
-                f"{device}. Use a smaller batch or length: about {int(batch * free / needed)} sequences of this length fit."
-            )
+        slots, free = memory.slots_of(max_tokens), available_bytes(device)
+        slot_bytes = 2 * layers * kv_heads * head_dim * dtype.itemsize
+        if free is not None:
+            plan = memory.MemoryPlan(batch, max_tokens, slot_bytes, free, weight_bytes)
+            if reason := plan.why_not(str(device)):
+                raise CacheTooLarge(reason)
         # zeros, not empty: back ends that mask scores but not loads would turn a stray NaN into NaN output
         self.kv = memory.zeros((layers, 2, batch, kv_heads, slots, head_dim), dtype, device)
         self.committed = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -80,6 +86,13 @@ class KvCache:
     def append(self, layer: int, kv: Tensor, index: Tensor) -> None:
         """Write kv [2, B, Hkv, T, D] of one layer at `index` (from write_index)."""
         self._flat[layer].index_copy_(0, index, kv.reshape(-1, self.head_dim).to(self.kv.dtype))
+
+    def fill_noise(self, lengths: Sequence[int], seed: int) -> None:
+        """Standard normal keys and values up to lengths [B], in place of text that was read. Times do not depend on them."""
+        generator = torch.Generator(self.kv.device).manual_seed(seed)
+        for layer in self.kv:  # layer by layer: one call over all of them would be indexed with 64 bits
+            layer[..., : max(lengths), :].normal_(generator=generator)
+        self.committed = torch.tensor(list(lengths), dtype=torch.int64, device=self.committed.device)
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of K and V at slots [B, N], or [B, Hkv, N] where heads differ; each [B, Hkv, N, D]."""

@@ -142,6 +142,20 @@ class ModelDrafter:
         self.network.cache.compact(paths, fed)
         self._known = [known + more for known, more in zip(self._known, fed, strict=True)]
 
+    @property
+    def known(self) -> list[int]:
+        """Committed tokens per row whose KV is here."""
+        return list(self._known)
+
+    def knows(self, known: list[int]) -> None:
+        """Rounds that ran elsewhere on this cache left so much of every row's KV in it."""
+        self._layout, self._known = None, list(known)
+
+    def fill_noise(self, lengths: Sequence[int], seed: int) -> None:
+        """Random KV up to these lengths, in place of text that was read."""
+        self.network.cache.fill_noise(lengths, seed)
+        self._known = list(lengths)
+
     def rewind(self, batch: Batch) -> None:
         """Forget KV beyond each row's committed length. The loop calls this after every round and every rewind."""
         self._layout = None

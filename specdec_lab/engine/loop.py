@@ -21,12 +21,19 @@ from ..summary import summarize
 from ..workload import Workload
 from .attention import AttentionBackend
 from .backends import pick
+from .cache import available_bytes, check_fits
 from .cache_positions import draft_backend
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
+from .device.choice import Rounds, choose_rounds
+from .device.ops import ops_for
+from .device.plan import check_memory
+from .device.readings import SyncedNow
+from .device.session import ROUNDS_PER_READ, DeviceSession
+from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner, position_mode
-from .session import Session
+from .session import DRAFT_MARGIN, Session
 from .threads import Threads
 
 Choose = Callable[[int, float], SpecConfig | str]
@@ -62,17 +69,25 @@ class Engine:
     backend     "auto" or a name; the winner and the reasons against the others go into every run header
     instrument  False measures whole rounds only (to see what the instrumentation costs)
     clock       injected in tests
+    rounds      "auto": captured as CUDA graphs where that can be, else on the host; "device" (elsewhere than on CUDA: eager),
+                "eager" or "host" by name
+    forced      how many drafts are accepted is left to chance ("0.8": each with chance 0.8), all else runs: for timing.
+                Every header is labelled, and nothing measured so is pooled with what is not
     """
 
     def __init__(
-        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None
-    ) -> None:
+        self, pair: ModelPair, backend: str = "auto", *, instrument: bool = True, clock: Clock | None = None,
+        rounds: str = "auto", forced: Forced | str | float | None = None,
+    ) -> None:  # fmt: skip
+        self.forced = forced if forced is None or isinstance(forced, Forced) else Forced.parse(str(forced))
         self.pair, self.instrument = pair, instrument
         self.backend, self.refused = pick(backend, pair.target.need())
         self._draft_backend = draft_backend(pair.draft, backend) if pair.draft else None
-        self._clock = clock
+        self._clock, self.rounds = clock, choose_rounds(rounds, pair)
         self._versions = machine.versions()
-        self.threads = Threads(torch.get_num_threads() if pair.target.device.type == "cpu" else 1)
+        # ranks must make the same forwards, so none of them may try out thread counts
+        is_free = pair.target.device.type == "cpu" and pair.target.group is None
+        self.threads = Threads(torch.get_num_threads() if is_free else 1)
         self.ceilings = calibrate(str(pair.target.device), torch.get_num_threads())
 
     def __repr__(self) -> str:
@@ -88,9 +103,23 @@ class Engine:
     def open(self, workload: Workload) -> OpenSession:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
-        clock = self._clock or (PhaseClock() if self.instrument else CoarseClock())
-        session = Session(self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
+        synced = SyncedNow(torch.cuda.synchronize) if self.pair.target.device.type == "cuda" else None
+        timed = {} if synced is None else {"now": synced}
+        clock = self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed))
+        made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
+        if not self.rounds.on_device:
+            return OpenSession(self, Session(*made, self.forced), workload, clock)
+        device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
+        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
+        session = DeviceSession(
+            *made, forced=self.forced, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured",
+            instrumented=self.instrument, synced=synced,
+        )  # fmt: skip
         return OpenSession(self, session, workload, clock)
+
+    def check_memory(self, batch: int, tokens: int) -> None:
+        """CacheTooLarge, with the bytes and what fits, if the target's KV cannot hold this; nothing is allocated."""
+        check_fits(self.pair.target, batch, tokens)
 
     def generate(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], config: Any = "off", *, max_new_tokens: int = 64,
@@ -117,10 +146,14 @@ class Engine:
         cuda = torch.cuda.get_device_name() if target.device.type == "cuda" else None
         device = machine.device_name(cuda, threads)
         base = {
-            "device": device, "count": 1, "target": target.fingerprint, "dtype": str(target.dtype),
+            "device": device, "count": 1 if target.group is None else target.group.ranks,
+            "target": target.fingerprint, "dtype": str(target.dtype),
             "kv_dtype": str(target.kv_dtype), "runner": target.kind, "compiled": target.why_not_compiled(self.backend) is None,
-            "backend": self.backend.name, "graphs": False, "threads": threads, "engine": __version__.rsplit(".", 1)[0],
+            "backend": self.backend.name,
+            "graphs": self.rounds.mode == "captured", "threads": threads, "engine": __version__.rsplit(".", 1)[0],
         }
+        if self.forced is not None:
+            base["acceptance"] = self.forced.label
         drafters: dict[str, dict[str, Any]] = {
             "self": {"kind": "self", "position_mode": "absolute"}, "ngram": {"kind": "ngram", "sizes": [4, 3, 2]}
         }
@@ -153,7 +186,11 @@ class Engine:
 
     def _labels(self, workload: Workload, choose: Any) -> tuple[str, ...]:
         """What a reader of the numbers must know."""
-        labels = list(workload.labels)
+        runners = (self.pair.target, self.pair.draft)
+        made = [label for runner in runners if runner is not None for label in runner.labels]
+        labels = list(dict.fromkeys([
+            *([self.forced.label] if self.forced else []), *made, *workload.labels, *self.ceilings.labels
+        ]))
         shape, cache = self.pair.target.shape, machine.facts().get("last_level_cache_bytes")
         kv = sum(map(len, workload.prompts)) * shape.kv_bytes_per_token(self.pair.target.kv_dtype.itemsize)
         if self.pair.target.device.type == "cpu" and cache and kv < cache:
@@ -170,8 +207,9 @@ class Engine:
         return RunHeader(
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
-            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend),
-            draft=_facts(self.pair.draft, self._draft_backend) if self.pair.draft and self._draft_backend else None,
+            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
+            draft=_facts(self.pair.draft, self._draft_backend, self.rounds)
+            if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,
             machine={
                 **machine.facts(), "device": self.identity().device, "threads": self.threads.most,
@@ -179,7 +217,7 @@ class Engine:
             },
             versions={"specdec_lab": __version__, **self._versions}, commit=machine.commit(), seed=workload.seed,
             temperature=workload.temperature, verifier=workload.verifier, instrumented=self.instrument,
-            ceilings={"read_bytes_per_s": self.ceilings.read_bytes_per_s, "gemm_flops_per_s": self.ceilings.gemm_flops_per_s},
+            ceilings=self.ceilings.to_dict(),
             labels=self._labels(workload, choose), block=block,
         )
 
@@ -198,6 +236,11 @@ class OpenSession:
         if fixed is not None:
             self._session.check(fixed)
         return Stream(header, self._run(chooser, fixed))
+
+    @property
+    def capture_s(self) -> float:
+        """Seconds that capturing rounds as graphs took so far; in no record."""
+        return self._session.capture_s
 
     def _run(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         try:
@@ -273,12 +316,13 @@ def _draft_beyond(draft: Runner, text: int, choose: Any) -> str | None:
     return f"{DRAFT_BEYOND}, {perhaps}" if text > draft.max_length else None
 
 
-def _facts(runner: Runner, backend: AttentionBackend) -> dict[str, Any]:
+def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds) -> dict[str, Any]:
     reason = runner.why_not_compiled(backend)
+    on_host = "one compiled call" if reason is None else f"layer by layer: {reason}"
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
         "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
-        "rounds": "one compiled call" if reason is None else f"layer by layer: {reason}",
+        "rounds": rounds.spelled or on_host,
         "prompts": PROMPTS.get(backend.name, backend.name), "position_mode": position_mode(runner),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,

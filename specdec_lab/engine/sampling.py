@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     ACCEPT = 1  # the acceptance test
     RESIDUAL = 2  # the token after a rejection, or the bonus token
     TARGET = 3  # Gumbel noise of plain sampling, shared with a coupled draft
+    FORCE = 4  # acceptance, where it is forced
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from .batch import Batch, Forward, count_forward
 from .calibrate import Ceilings
 from .clocks import Clock, Phase
 from .drafters import DraftCost, ModelDrafter, NgramDrafter, SelfDrafter
+from .forced import Forced
 from .models.loading import ModelPair
 from .network import TARGET, Network
 from .sampling import Noise, Processor
@@ -36,8 +37,9 @@ class Session:
 
     def __init__(
         self, pair: ModelPair, backend: AttentionBackend, draft_backend: AttentionBackend | None, workload: Workload,
-        clock: Clock, ceilings: Ceilings, threads: Threads,
+        clock: Clock, ceilings: Ceilings, threads: Threads, forced: Forced | None = None,
     ) -> None:
+        self._forced = forced
         self._pair, self._draft_backend, self._threads = pair, draft_backend, threads
         self._workload, self._clock, self._ceilings = workload, clock, ceilings
         self._eos = frozenset(pair.eos_ids) if workload.stop_at_eos else frozenset()
@@ -62,6 +64,10 @@ class Session:
         self._model: ModelDrafter | None = None
         self._append(workload.prompts)
         self._prompt_lengths = list(self._batch.host_lengths)
+        if workload.context == "noise":
+            self._known = [n - 1 for n in self._prompt_lengths]
+            self._cache.fill_noise(self._known, workload.seed)
+            self._self.snapkv.begin(self._known)
 
     @property
     def live(self) -> int:
@@ -74,11 +80,18 @@ class Session:
         lengths = [n for n, live in zip(self._batch.host_lengths, self._batch.host_live, strict=True) if live]
         return sum(lengths) / max(len(lengths), 1)
 
+    @property
+    def capture_s(self) -> float:
+        """Seconds that capturing rounds as graphs took so far; in no record."""
+        return 0.0
+
     def check(self, config: SpecConfig) -> None:
         """Raise UnsupportedConfig, with the reason, if this session cannot run `config`."""
         if config.is_off:
             return
         assert config.tree is not None
+        if self._forced is not None:
+            self._forced.check(config.tree)
         if config.view is not None and config.view.kind == "snapkv" and (reason := self._why_no_snapkv(config)):
             raise UnsupportedConfig(f"{config}: {reason}. "
                                     f"Use a window such as {config.drafter}:4+{config.view.recent}/{config.tree}.")
@@ -191,7 +204,10 @@ class Session:
             judge, verify = decide_tree, proposal.layout.whole.count(computed, FULL)
         scores = self._target.score(tokens, reads, width, TARGET)
         self._clock.enter(Phase.ACCEPT)
-        return judge(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise), verify
+        decision = judge(proposal, scores, committed + 1, batch.processor, batch.verifier, batch.noise, self._forced)
+        if self._pair.target.group is not None:
+            self._pair.target.group.check_equal(torch.cat([decision.num_accepted[:, None], decision.tokens], 1))
+        return decision, verify
 
     def _commit(self, decision: Decision, proposal: Proposal) -> Commit:
         """Append the accepted tokens of the live rows, cut at end of text and length limit."""
@@ -266,6 +282,8 @@ class Session:
             assert self._draft_backend is not None
             cache = self._pair.draft.new_cache(self._workload.batch, self._max_tokens)
             self._model = ModelDrafter(Network(self._pair.draft, cache, self._draft_backend, self._clock, self._threads))
+            if self._workload.context == "noise":
+                self._model.fill_noise([n - 1 for n in self._prompt_lengths], self._workload.seed + 1)
         return self._model
 
     def _record(

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .forced import Forced, forced_ranks
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw
 from .tree_layout import Layout
@@ -56,14 +57,23 @@ def choose_children(
     return torch.stack(tokens, -1), law
 
 
+Over = Callable[[Tensor], bool]
+
+
+def all_rows(rows: Tensor) -> bool:
+    """Whether all are true, read from the device."""
+    return bool(rows.all())
+
+
 def accept_children(
-    target_law: Tensor, draft_law: Tensor, tokens: Tensor, exists: Tensor, uniforms: Tensor
+    target_law: Tensor, draft_law: Tensor, tokens: Tensor, exists: Tensor, uniforms: Tensor, over: Over | None = None
 ) -> tuple[Tensor, Tensor]:
     """Test the children of one node per row in draw order; the law of the emitted token is target_law.
 
     target_law, draft_law  [B, V]: P, and Q from which the children were drawn without replacement
     tokens, exists         [B, K] children in draw order, and which of them were drafted
     uniforms               [B, K] in [0, 1), one per test
+    over                   sees which rows have accepted a child: whether to stop. None: ask the device nothing
     returns                [B] rank of the accepted child, 1..K, or 0; and [B, V] the law that the token of a row with rank 0
                            has to be drawn from
     For any D, R(u) = min(D, R)(u) + P(refuse) * norm(max(R - D, 0))(u): applied child by child, D being Q without the refused
@@ -73,7 +83,7 @@ def accept_children(
     left = left / left.sum(-1, keepdim=True)
     rank = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     for place in range(tokens.shape[1]):
-        if place and bool((rank > 0).all()):
+        if place and over is not None and over(rank > 0):
             break
         offered = offered / offered.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         token = tokens[:, place : place + 1]
@@ -94,7 +104,8 @@ Step = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def decide_tree(
-    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
+    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise,
+    forced: Forced | None = None,
 ) -> Decision:
     """Accept a path of the tree given the target's scores [B, N+1] at root and nodes.
 
@@ -102,22 +113,58 @@ def decide_tree(
     """
     layout = proposal.layout
     assert layout is not None
+    wanted = None if forced is None else wanted_ranks(layout, first_position, noise, forced)
     if processor.is_greedy:
-        return _match_on_host(proposal, layout, scores.best)
+        return _match_on_host(proposal, layout, scores.best, wanted)
     if verifier == "coupled" or proposal.law is None:
-        step = _matching(proposal, layout, scores, first_position, processor, noise)
+        step = matching(proposal, layout, scores, first_position, processor, noise)
     else:
-        step = _testing(proposal, layout, proposal.law, scores, first_position, processor, noise)
-    return _walk(layout, step, proposal.counts)
+        step = testing(proposal, layout, proposal.law, scores, first_position, processor, noise, all_rows)
+    if wanted is not None:
+        step = _forcing(step, proposal, layout, wanted)
+    return walk(layout, step, proposal.counts, all_rows)
 
 
-def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision:
-    """Descend to the children that equal the target's tokens best [B, N+1]: a few list look-ups, cheaper than tensors."""
+def wanted_ranks(layout: Layout, first_position: Tensor, noise: Noise, forced: Forced) -> Tensor:
+    """[B, depth] which child of the node reached at each depth is accepted where that is forced; 0 for none."""
+    device = first_position.device
+    within = torch.tensor(forced.ranks(max(layout.widest)), dtype=torch.float64, device=device)
+    positions = first_position[:, None] + torch.arange(layout.depth, device=device)
+    return forced_ranks(noise.uniform(positions, Purpose.FORCE), within)
+
+
+def _forcing(step: Step, proposal: Proposal, layout: Layout, wanted: Tensor) -> Step:
+    """Run `step`, and descend to the wanted child instead, where the row drafted it."""
+
+    def forced_step(node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        rank, token = step(node, depth)
+        if layout.widest[depth] == 0:
+            return rank, token
+        children, exists = children_of(proposal, layout, node, depth)
+        at = (wanted[:, depth] - 1).clamp(min=0)[:, None]
+        there = (wanted[:, depth] > 0) & (at[:, 0] < children.shape[1])
+        at = at.clamp(max=children.shape[1] - 1)
+        there = there & exists.gather(1, at)[:, 0]
+        return torch.where(there, wanted[:, depth], 0), torch.where(there, children.gather(1, at)[:, 0], token)
+
+    return forced_step
+
+
+def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor, wanted: Tensor | None = None) -> Decision:
+    """Descend to the children that equal the target's tokens best [B, N+1]: a few list look-ups, cheaper than tensors.
+
+    wanted  [B, depth] ranks to descend to instead
+    """
     targets, device = best.tolist(), best.device
     exists = proposal.exists.tolist() if proposal.exists is not None else [None] * len(targets)
-    found = [_descend(layout, *row) for row in zip(targets, proposal.tokens.tolist(), exists, strict=True)]
+    forced = [None] * len(targets) if wanted is None else wanted.tolist()
+    drafts = proposal.tokens.tolist()
+    found = [_descend(layout, *row) for row in zip(targets, drafts, exists, forced, strict=True)]
     deepest = max(len(path) for path, _ in found)
-    tokens = [[row[node] for node in (0, *path)] for row, (path, _) in zip(targets, found, strict=True)]
+    tokens = [
+        [*(drafted[node - 1] for node in path), row[path[-1] if path else 0]]
+        for row, drafted, (path, _) in zip(targets, drafts, found, strict=True)
+    ]
     return Decision(
         torch.tensor([len(path) for path, _ in found], device=device), _padded(tokens, deepest + 1, device),
         _padded([path for path, _ in found], deepest, device), _padded([ranks for _, ranks in found], deepest, device),
@@ -125,9 +172,10 @@ def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor) -> Decision
 
 
 def _descend(
-    layout: Layout, targets: Sequence[int], tokens: Sequence[int], exists: Sequence[bool] | None
+    layout: Layout, targets: Sequence[int], tokens: Sequence[int], exists: Sequence[bool] | None,
+    wanted: Sequence[int] | None,
 ) -> tuple[list[int], list[int]]:
-    """The nodes below the root of one row that are the target's token behind their parent, and their ranks."""
+    """The nodes below the root of one row that are the target's token (or wanted) behind their parent, and their ranks."""
     path: list[int] = []
     ranks: list[int] = []
     node = 0
@@ -135,6 +183,10 @@ def _descend(
         equal = (rank for rank, child in enumerate(layout.children[node], start=1)
                  if tokens[child - 1] == targets[node] and (exists is None or exists[child - 1]))  # fmt: skip
         rank = next(equal, 0)
+        if wanted is not None and layout.children[node]:
+            rank = wanted[len(path)]
+            rank = rank if rank <= len(layout.children[node]) else 0
+            rank = rank if rank and (exists is None or exists[layout.children[node][rank - 1] - 1]) else 0
         if rank == 0:
             return path, ranks
         node = layout.children[node][rank - 1]
@@ -146,9 +198,10 @@ def _padded(rows: Sequence[list[int]], width: int, device: torch.device) -> Tens
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
-def _walk(layout: Layout, step: Step, counts: Tensor) -> Decision:
+def walk(layout: Layout, step: Step, counts: Tensor, over: Over | None = None) -> Decision:
     """Descend from the root until no child is accepted.
 
+    over  sees which rows stand still: whether to stop early. None: go down to the deepest level, and ask the device nothing
     step  (node [B], depth) -> rank of the accepted child (0: none) and the token emitted behind the node, each [B]
     """
     node, moving = torch.zeros_like(counts), torch.ones_like(counts, dtype=torch.bool)
@@ -163,12 +216,12 @@ def _walk(layout: Layout, step: Step, counts: Tensor) -> Decision:
         node = torch.where(moving, layout.child_table[node, rank - 1], node)
         path.append(node)
         ranks.append(rank)
-        if not bool(moving.any()):
+        if over is not None and over(~moving):
             break
     return Decision(accepted, torch.stack(tokens, 1), torch.stack(path, 1), torch.stack(ranks, 1))
 
 
-def _children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, K] of each row's children of its node, and which of them were drafted."""
     kids = layout.child_table[node, : layout.widest[depth]]
     at = (kids - 1).clamp(min=0)
@@ -178,7 +231,7 @@ def _children_of(proposal: Proposal, layout: Layout, node: Tensor, depth: int) -
     return proposal.tokens.gather(1, at), exists
 
 
-def _matching(
+def matching(
     proposal: Proposal, layout: Layout, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
 ) -> Step:
     """Emit what plain sampling draws behind a node, and descend to the child that equals it. Siblings are distinct."""
@@ -189,16 +242,17 @@ def _matching(
         token = noise.draw(law[:, None], first_position[:, None] + depth, Purpose.TARGET)[:, 0]
         if layout.widest[depth] == 0:
             return torch.zeros_like(token), token
-        children, exists = _children_of(proposal, layout, node, depth)
+        children, exists = children_of(proposal, layout, node, depth)
         equal = exists & (children == token[:, None])
         return torch.where(equal.any(1), equal.to(torch.int8).argmax(1) + 1, 0), token
 
     return step
 
 
-def _testing(
-    proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor, noise: Noise
-) -> Step:
+def testing(
+    proposal: Proposal, layout: Layout, laws: Tensor, scores: Scores, first_position: Tensor, processor: Processor,
+    noise: Noise, over: Over | None,
+) -> Step:  # fmt: skip
     """Test the children in draw order; where none is accepted, draw from what is left."""
     batch, device = first_position.shape[0], first_position.device
     rows, most, depths = torch.arange(batch, device=device), max(layout.widest), torch.arange(layout.depth + 1, device=device)
@@ -211,9 +265,9 @@ def _testing(
         law = processor.law(scores.logits[rows, node])
         if layout.widest[depth] == 0:
             return torch.zeros_like(node), draw(law, last[:, depth])
-        children, exists = _children_of(proposal, layout, node, depth)
+        children, exists = children_of(proposal, layout, node, depth)
         uniforms = tests[:, depth, : children.shape[1]]
-        rank, left = accept_children(law, laws[rows, layout.law_row[node]], children, exists, uniforms)
+        rank, left = accept_children(law, laws[rows, layout.law_row[node]], children, exists, uniforms, over)
         drawn = draw(left, last[:, depth])
         taken = children.gather(1, (rank - 1).clamp(min=0)[:, None])[:, 0]
         return rank, torch.where(rank > 0, taken, drawn)

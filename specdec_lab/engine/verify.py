@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import chain_order
+from .forced import Forced, forced_accept
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw
 from .tree_layout import Layout
@@ -51,20 +52,30 @@ class Decision:
     ranks: Tensor | None = None
 
 
-def accept_equal(proposal: Proposal, target: Tensor) -> Decision:
-    """Accept drafts as long as they equal the target's own choices [B, N+1]; emit those choices."""
+def accept_equal(proposal: Proposal, target: Tensor, forced: Tensor | None = None) -> Decision:
+    """Accept drafts as long as they equal the target's own choices [B, N+1]; emit those choices.
+
+    forced  [B] how many to accept instead; the accepted drafts are emitted, then the target's choice
+    """
     num_drafted = proposal.tokens.shape[1]
     if num_drafted == 0:
         return Decision(proposal.counts, target)
     order = chain_order(num_drafted, target.device)
     equal = (proposal.tokens == target[:, :num_drafted]) & (order < proposal.counts[:, None])
-    return Decision(equal.cumprod(1).sum(1), target)
+    count = equal.cumprod(1).sum(1)
+    if forced is None:
+        return Decision(count, target)
+    drafts = torch.cat([proposal.tokens, target[:, -1:]], 1)
+    return Decision(forced, torch.where(chain_order(num_drafted + 1, target.device) < forced[:, None], drafts, target))
 
 
-def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, residual_u: Tensor) -> Decision:
+def accept_rejection(
+    proposal: Proposal, target_law: Tensor, accept_u: Tensor, residual_u: Tensor, forced: Tensor | None = None
+) -> Decision:
     """Speculative sampling: accept x with chance min(1, p(x)/q(x)), else draw from max(p - q, 0) (Leviathan 2023, A.1).
 
     target_law  [B, N+1, V]; accept_u [B, N], residual_u [B, N+1] uniforms in [0, 1), one per position
+    forced      [B] how many to accept instead
     """
     batch, num_drafted = proposal.tokens.shape
     rows = torch.arange(batch, device=target_law.device)
@@ -73,6 +84,7 @@ def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, r
     order = torch.arange(num_drafted, device=target_law.device)
     accepted = (accept_u * q < p) & (order < proposal.counts[:, None])
     count = accepted.long().cumprod(1).sum(1)
+    count = count if forced is None else forced
     weights = target_law[rows, count]  # [B, V]: the law after the last accepted token
     rejected = count < proposal.counts
     if num_drafted:
@@ -91,22 +103,35 @@ def accept_rejection(proposal: Proposal, target_law: Tensor, accept_u: Tensor, r
     return Decision(count, tokens.scatter(1, count[:, None], following[:, None]))
 
 
+def forced_count(proposal: Proposal, first_position: Tensor, noise: Noise, forced: Forced) -> Tensor:
+    """[B] how many drafts of a chain are accepted where that is forced."""
+    depth = proposal.tokens.shape[1]
+    positions = first_position[:, None] + torch.arange(depth, device=first_position.device)
+    chances = torch.tensor(forced.chances(depth), dtype=torch.float64, device=first_position.device)
+    return forced_accept(noise.uniform(positions, Purpose.FORCE), chances, proposal.counts)
+
+
 def decide(
-    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise
+    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise,
+    forced: Forced | None = None,
 ) -> Decision:
     """Accept a path of `proposal` given the target's scores [B, N+1] at root and drafts.
 
     first_position  [B] position of the first token that this round decides
     """
+    count = None
+    if forced is not None and proposal.tokens.shape[1]:
+        count = forced_count(proposal, first_position, noise, forced)
     if processor.is_greedy:
-        return accept_equal(proposal, scores.best)
+        return accept_equal(proposal, scores.best, count)
     law = processor.law(scores.logits)
     num_drafted = proposal.tokens.shape[1]
     positions = first_position[:, None] + torch.arange(num_drafted + 1, device=law.device)
     if verifier == "coupled" or num_drafted == 0:  # plain sampling is what a coupled run must equal
-        return accept_equal(proposal, noise.draw(law, positions, Purpose.TARGET))
+        return accept_equal(proposal, noise.draw(law, positions, Purpose.TARGET), count)
     return accept_rejection(
-        proposal, law, noise.uniform(positions[:, :num_drafted], Purpose.ACCEPT), noise.uniform(positions, Purpose.RESIDUAL)
+        proposal, law, noise.uniform(positions[:, :num_drafted], Purpose.ACCEPT), noise.uniform(positions, Purpose.RESIDUAL),
+        count,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..policy import Policy
+from ..records import not_measured
 from . import hf, llama_cpp, sglang, tensorrt_llm, vllm
 from .column import Exported, ExportError, slices
 
@@ -26,7 +27,6 @@ TARGETS: Mapping[str, Callable[..., Exported]] = {
     "transformers": hf.export,
     "llama_cpp": llama_cpp.export,
 }
-NOT_MEASURED = ("forced", "random-weights", "modelled")
 
 
 def export(
@@ -42,7 +42,7 @@ def export(
 
     length          median context of the deployment, the nearest tabled length is exported; "each": one table per length
     traffic         instead: context tokens -> weight; picks by expected log speed-up over this mix
-    allow_labelled  export although the policy is labelled forced, random-weights or modelled
+    allow_labelled  export although the policy is labelled forced, random or modelled
     options         of the engine: the keyword arguments of its export function
     """
     if to not in TARGETS:
@@ -56,7 +56,7 @@ def export(
 
 
 def _refuse_labels(policy: Policy, allow_labelled: bool) -> None:
-    labels = [label for label in policy.header["labels"] if label in NOT_MEASURED]
+    labels = not_measured(policy.header["labels"])
     if labels and not allow_labelled:
         raise ExportError(
             f"the policy is labelled {', '.join(labels)}: its numbers are not those of a trained model on real text, and "

@@ -98,6 +98,11 @@ class Row:
         """Whether this row says what to run."""
         return self.state in DECIDED
 
+    @property
+    def why(self) -> str:
+        """Why this tree, chain or plain decoding, with the marginal rule in numbers; empty where nobody composed."""
+        return str(self.details.get("why", ""))
+
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Row:
         """Read and check one row."""
@@ -117,6 +122,8 @@ class Row:
             reading.config(name, f"{where}.estimates"): Estimate.from_dict(value, f"{where}.estimates[{name}]")
             for name, value in reading.mapping(data.get("estimates", {}), f"{where}.estimates").items()
         }
+        for name, reader in (("why", reading.text), ("composed", reading.mapping)):
+            read(name, reader)
         details = {name: value for name, value in data.items() if name not in (*_ROW_KEYS, "estimates")}
         return cls(
             cell,

@@ -11,18 +11,20 @@ nor the engine: torch is imported by files.py while it reads a `.pt` file, and b
 from __future__ import annotations
 
 from .acceptance import Acceptance, why_not_heap
-from .choice import Choice, choose
+from .choice import ChainTimes, Choice, choose
 from .counts import Counts, Walk, rank_counts
 from .files import TreeFileError
 from .fit import RankFit, fit_acceptance
 from .growmap import load_growmap
 from .importers import OptimizerConfig, load_acceptance, load_optimizer_config
+from .margin import Margin
 from .observed import observed
+from .probing import Drafting, probe_tree
 from .search import best_tree
 from .shape import expected_tokens, path_chances
 
 __all__ = [
-    "Acceptance", "Choice", "Counts", "OptimizerConfig", "RankFit", "TreeFileError", "Walk", "best_tree", "choose",
-    "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config", "observed", "path_chances",
-    "rank_counts", "why_not_heap",
+    "Acceptance", "ChainTimes", "Choice", "Counts", "Drafting", "Margin", "OptimizerConfig", "RankFit", "TreeFileError", "Walk",
+    "best_tree", "choose", "expected_tokens", "fit_acceptance", "load_acceptance", "load_growmap", "load_optimizer_config",
+    "observed", "path_chances", "probe_tree", "rank_counts", "why_not_heap",
 ]  # fmt: skip

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from .assemble import verify
 from .blocks import Measure
+from .compose import Composition, compose
 from .db import Database, DatabaseError, Design, Measurement, read_file
 from .folder import PlanChanged
-from .grid import Plan, Protocol, candidates, make_plan
+from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
+from .probe import ProbePlan
 from .shelf import Location, Merged, describe, find_database, locations, merge
 from .study import Progress, tune
 
 __all__ = [
-    "Database", "DatabaseError", "Design", "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "Progress",
-    "Protocol", "candidates", "describe", "find_database", "locations", "make_plan", "merge", "read_file", "tune", "verify",
+    "SNAPKV_BUDGETS", "Composition", "Database", "DatabaseError", "Design", "Location", "Measure", "Measurement", "Merged",
+    "Plan", "PlanChanged", "ProbePlan", "Progress", "Protocol", "candidates", "compose", "describe", "find_database",
+    "locations", "make_plan", "merge", "read_file", "tune", "verify",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from ..policy import Estimate, Policy, Row, Rules, canonical
-from ..records import Cell, SpecConfig
+from ..records import Cell, SpecConfig, forced_label
+from .compose import compose
 from .db import Measurement, read_file
 from .duel import Verdict, verdict
 from .grid import Protocol
@@ -42,7 +43,8 @@ class CellEvidence:
         for record in good:
             if "log_speedup" in record.summary:
                 blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
-        return cls(cell, tuple(record for record in good if record.config == "off"), blocks)
+        plain = tuple(record for record in good if record.config == "off" and "tokens_per_s" in record.summary)
+        return cls(cell, plain, blocks)
 
     def duel(self, config: str, protocol: Protocol) -> Verdict | None:
         """The verdict of a complete duel."""
@@ -84,18 +86,44 @@ def _geometric(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
 
 
+class ForcedAcceptance(ValueError):
+    """A policy from forced acceptance was not asked for: it would promise what no model was seen to accept."""
+
+
+def refuse_forced(labels: Iterable[str], allow_forced: bool) -> None:
+    """Raise ForcedAcceptance unless acceptance is measured or that it is not was said explicitly."""
+    forced = forced_label(labels)
+    if forced and not allow_forced:
+        raise ForcedAcceptance(
+            f"{forced}: a policy would promise what no model was seen to accept. Tune without, or say --allow-forced "
+            "(allow_forced=True) for a policy that carries the label"
+        )
+
+
 def assemble(
-    header: Mapping[str, Any], rules: Rules, states: Mapping[Cell, State], measurements: Iterable[Measurement]
+    header: Mapping[str, Any], rules: Rules, states: Mapping[Cell, State], measurements: Iterable[Measurement], *,
+    allow_forced: bool = False,
 ) -> Policy:
-    """The policy that these records support, for these cells."""
+    """The policy that these records support, for these cells; ForcedAcceptance where they are forced without leave."""
+    refuse_forced(header["labels"], allow_forced)
     protocol = Protocol(**header["protocol"])
     ours = [m for m in measurements if _belongs(m, header)]
     cells = {cell: CellEvidence.of(cell, ours) for cell, (state, _) in states.items() if state == "tuned"}
     portfolio = choose_portfolio(cells.values(), protocol)
     rows = []
     for cell, (state, reason) in sorted(states.items()):
-        rows.append(_row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason))
+        row = _row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason)
+        rows.append(_explained(row, ours))
     return Policy(header, rules, portfolio, tuple(rows))
+
+
+def _explained(row: Row, records: Sequence[Measurement]) -> Row:
+    """The row with what the parts of its cell promised and why, where they were probed."""
+    composition = None if row.state == "infeasible" else compose(row.cell, records)
+    if composition is None:
+        return row
+    why = composition.why(row.config or str(composition.best.config))
+    return replace(row, details={**row.details, "why": why, "composed": composition.to_dict()})
 
 
 def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
@@ -209,7 +237,7 @@ def verify(path: Path | str, folder: Path | str | None = None) -> tuple[str, ...
         records += contents.measurements
         if contents.sha256 != item["sha256"]:
             problems.append(f"{item['file']}: the first {item.get('bytes')} bytes are not those that the policy was made from")
-    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records)
+    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records, allow_forced=True)
     if rebuilt.dumps() != path.read_text(encoding="utf-8"):
         rows = zip(policy.table, rebuilt.table, strict=True)
         changed = [str(old.cell) for old, new in rows if canonical(old.to_dict()) != canonical(new.to_dict())]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..records import Cell, Identity
+from ..records import Cell, Identity, SpecConfig
 from .assemble import State
 from .db import DatabaseError
 from .grid import Plan
@@ -31,6 +32,7 @@ class RunFolder:
 
     name      of the run in records; unique, so that folders of equal names never make equal ids
     finished  cells that an earlier call of the same run has finished, with their states
+    proposed  what the parts of a cell promised when its search began; a resumed search has the same candidates
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RunFolder:
         self._plan = {"schema": SCHEMA, "base": identity.base_fingerprint, **experiment, **plan.to_dict()}
         self.name = f"{path.name}-{secrets.token_hex(3)}"
         self.finished: dict[Cell, State] = {}
+        self.proposed: dict[Cell, tuple[SpecConfig, ...]] = {}
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
@@ -74,6 +77,11 @@ class RunFolder:
         self.finished[cell] = state
         self._write("resume.json", {str(done): list(state) for done, state in self.finished.items()})
 
+    def propose(self, cell: Cell, configs: Sequence[SpecConfig]) -> None:
+        """Remember what is added to the candidates of a cell."""
+        self.proposed[cell] = tuple(configs)
+        self._write("proposed.json", {str(known): list(map(str, found)) for known, found in self.proposed.items()})
+
     def _hold(self) -> None:
         assert self._lock is not None
         if fcntl is None:
@@ -100,6 +108,9 @@ class RunFolder:
         if (resume := self.path / "resume.json").exists():
             states = self._read(resume)
             self.finished = {Cell.parse(cell): (state[0], state[1]) for cell, state in states.items()}
+        if (proposed := self.path / "proposed.json").exists():
+            found = self._read(proposed)
+            self.proposed = {Cell.parse(cell): tuple(map(SpecConfig.parse, configs)) for cell, configs in found.items()}
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

@@ -11,10 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..records import Cell, KvView, SpecConfig, TreeShape
+from .probe import ProbePlan
 
 SINK = 4
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # sink and recent together
 CHAINS = (1, 2, 3, 4, 5, 6, 7, 8)
+SNAPKV_BUDGETS = (128, 256, 512, 1024, 2048)  # tokens that a self-draft keeps of the context
+SNAPKV_RECENT = 32
+SNAPKV_REFRESH = (0, 64)
 MIN_DUEL_BLOCKS = 6
 
 Fits = Callable[[Cell], str | None]
@@ -73,13 +77,17 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be tuned: cells in the order of measuring, candidates of each (`off` is always measured beside them)."""
+    """What will be tuned: cells in the order of measuring, candidates of each (`off` is always measured beside them).
+
+    probe  how a cell's parts are measured before its search, so that trees can be composed from them; None = not at all
+    """
 
     cells: tuple[Cell, ...]
     configs: Mapping[Cell, tuple[SpecConfig, ...]]
     budget_s: float
     infeasible: Mapping[Cell, str] = field(default_factory=dict)
     protocol: Protocol = field(default_factory=Protocol)
+    probe: ProbePlan | None = None
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:
@@ -110,6 +118,7 @@ class Plan:
             "configs": {str(cell): [str(config) for config in self.configs[cell]] for cell in self.cells},
             "infeasible": {str(cell): reason for cell, reason in self.infeasible.items()},
             "protocol": asdict(self.protocol),
+            **({} if self.probe is None else {"probe": self.probe.to_dict()}),
         }
 
     def describe(self) -> str:
@@ -123,10 +132,28 @@ class Plan:
             f"{duel:.2g} s, at least {self.protocol.min_rounds} rounds each",
             f"up to {self.protocol.max_trials} trials a cell; it speculates if the lower bound of {self.protocol.duel_blocks} "
             f"duel blocks exceeds {self.protocol.min_speedup:g}x",
+            *self._probe_words(share),
         ]
         lines += [f"  {i + 1}. {cell}: {_count(self.configs[cell])}" for i, cell in enumerate(self.cells)]
         lines += [f"  -  {cell}: left out, {reason}" for cell, reason in sorted(self.infeasible.items())]
         return "\n".join(lines)
+
+
+    def _probe_words(self, share_s: float) -> list[str]:
+        """Whether trees can be composed, or why not."""
+        if self.probe is None:
+            return []
+        seconds = self.probe.seconds(share_s)
+        if not seconds:
+            return [
+                f"parts are not probed, so no trees are composed: {self.probe.share:.0%} of {share_s:.1f} s is less than the "
+                f"{self.probe.least_s:g} s that acceptance by rank and times by tree size need. Use more budget or fewer cells"
+            ]
+        runs = max(len(self.probe.runs(self.configs[cell], cell)) for cell in self.cells)
+        return [
+            f"before its search up to {runs} short runs in about {seconds:.1f} s show a cell's parts: acceptance by rank, "
+            "times by tree size; the trees, chains and views that they promise are raced first"
+        ]
 
 
 def _count(configs: Sequence[SpecConfig]) -> str:
@@ -144,32 +171,53 @@ def make_plan(
     fits: Fits = lambda cell: None,
     windows: Sequence[int] = WINDOWS,
     chains: Sequence[int] = CHAINS,
+    snapkv: Sequence[int] = (),
     protocol: Protocol | None = None,
+    probe: ProbePlan | None = None,
 ) -> Plan:
     """All cells of batches x lengths, cheapest first, each with every candidate of the loaded drafters.
 
-    fits  a cell -> None, or the reason in words, with bytes, why it does not fit; asked before anything runs
+    fits    a cell -> None, or the reason in words, with bytes, why it does not fit; asked before anything runs
+    snapkv  budgets of the SnapKV views that `self` may draft through, where they lie below the length
+    probe   measure parts first and compose trees from them
     """
     if not batches or not lengths:
         raise ValueError("a plan needs at least one batch and one length, for example --batches 1,4 --lengths 512,1k")
     cells = sorted({Cell(b, s) for b in batches for s in lengths}, key=lambda c: (c.batch * c.length, c))
     reasons = {cell: fits(cell) for cell in cells}
     feasible = tuple(cell for cell in cells if reasons[cell] is None)
-    configs = {cell: candidates(cell, drafters, windows, chains) for cell in feasible}
+    configs = {cell: candidates(cell, drafters, windows, chains, snapkv) for cell in feasible}
     infeasible = {cell: reason for cell, reason in reasons.items() if reason is not None}
-    return Plan(feasible, configs, budget_s, infeasible, protocol or Protocol())
+    return Plan(feasible, configs, budget_s, infeasible, protocol or Protocol(), probe)
 
 
 def candidates(
-    cell: Cell, drafters: Sequence[str], windows: Sequence[int] = WINDOWS, chains: Sequence[int] = CHAINS
-) -> tuple[SpecConfig, ...]:
-    """Every drafter, window not above the context, and chain."""
+    cell: Cell, drafters: Sequence[str], windows: Sequence[int] = WINDOWS, chains: Sequence[int] = CHAINS,
+    snapkv: Sequence[int] = (),
+) -> tuple[SpecConfig, ...]:  # fmt: skip
+    """Every drafter, window not above the context or (`self`) SnapKV budget below it, and chain."""
     views = [KvView.window(SINK, total - SINK) for total in windows if SINK < total <= cell.length]
+    chosen = [KvView.snapkv(b, SNAPKV_RECENT, r) for b in snapkv if b + SNAPKV_RECENT < cell.length for r in SNAPKV_REFRESH]
+    by_drafter: dict[str, list[KvView | None]] = {"ngram": [None], "self": [*views, *chosen], "model": [*views]}
     found: list[SpecConfig] = []
     for drafter in drafters:
-        for view in [None] if drafter == "ngram" else views:
+        for view in by_drafter[drafter]:
             found += [SpecConfig(drafter, view, TreeShape.chain(n)) for n in chains]
     return tuple(found)
+
+
+def with_trees(configs: Sequence[SpecConfig], found: Sequence[SpecConfig], cell: Cell) -> tuple[SpecConfig, ...]:
+    """The candidates with further ones that can run in this cell.
+
+    The trees among these come through every window of their drafter, so that they have neighbours along both axes of a search.
+    """
+    fitting = [c for c in found if not c.is_off and (c.view is None or (c.view.max_tokens or 0) <= cell.length)]
+    more = list(fitting)
+    for tree_config in (config for config in fitting if not config.is_chain):
+        views = dict.fromkeys(c.view for c in configs if c.drafter == tree_config.drafter)
+        windows = [view for view in views if view is None or view.kind == "window"]
+        more += [SpecConfig(tree_config.drafter, view, tree_config.tree) for view in windows]
+    return tuple(dict.fromkeys((*configs, *more)))
 
 
 def starting_points(configs: Sequence[SpecConfig], cell: Cell) -> tuple[SpecConfig, ...]:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..policy import Policy, Rules
 from ..records import Cell, Identity, SpecConfig
-from .assemble import CellEvidence, State, assemble, choose_portfolio
+from .assemble import CellEvidence, State, assemble, choose_portfolio, refuse_forced
 from .blocks import Clock, Measure
+from .compose import compose
 from .db import Database, Measurement, read_file
 from .duel import finalist, verdict
 from .folder import RunFolder
-from .grid import Plan, starting_points
+from .grid import Plan, starting_points, with_trees
+from .probe import KINDS as PART_KINDS
 from .runner import FINAL_FAILURES, BlockRunner, Setting
 from .search import CellSearch, Trial, open_journal, quiet_optuna
 
@@ -36,7 +38,7 @@ MAX_NEIGHBOURS = 3  # winners of other cells that a search starts from
 class Progress:
     """What is going on, reported before and after each block.
 
-    stage    search, duel, fill, or cell (a cell is finished)
+    stage    probe (parts of a cell), search, duel, fill, or cell (a cell is finished)
     done     cells finished, of `total`
     best     leader of this cell, or its result, with its speed-up over plain decoding so far (1.0 = `off`)
     block    of this configuration; None of `status` before it is measured
@@ -72,6 +74,7 @@ def tune(
     clock: Clock = time.perf_counter,
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    allow_forced: bool = False,
     now: Callable[[], str] = lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
 ) -> Policy:
     """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
@@ -80,14 +83,17 @@ def tune(
     run_dir      studies, raw samples, policy.json; called again with the same folder and plan it goes on where it stopped
     stop         asked between blocks; True, or an interrupt, ends the run: what is recorded stays, at most the running block
                  is lost, and the policy says `interrupted`
+    allow_forced write a policy although acceptance is forced; else that raises ForcedAcceptance before anything is measured
     raises       DatabaseError where records cannot be written; it carries the finished measurements
     """
     started = clock()
+    refuse_forced([str(identity.base.get("acceptance", ""))], allow_forced)
     database.flush()
     database.check_writable()
     with RunFolder(Path(run_dir), plan, identity, workload, temperature, seed) as folder, quiet_optuna():
         setting = Setting(folder.name, folder.path, identity, workload, temperature, seed, plan.protocol, clock, now)
         tuner = _Tuner(plan, BlockRunner(measure, database, setting), database, setting, folder, report, stop, started)
+        tuner.allow_forced = allow_forced
         try:
             tuner.run()
         except KeyboardInterrupt:
@@ -113,6 +119,7 @@ class _Tuner:
         self._race_s: dict[Cell, float] = {}
         self._race_blocks = plan.protocol.race_blocks
         self.interrupted = False
+        self.allow_forced = False
 
     @property
     def _deadline(self) -> float:
@@ -141,17 +148,40 @@ class _Tuner:
         if plain.status != "ok":
             self._finish(cell, ("infeasible", plain.reason))
             return
+        self._probe(cell, share)
         block_s = protocol.block_seconds(self._race_s[cell], plain.summary["step_s"]["mean"])
         race_share = share - max(share * protocol.duel_share, protocol.duel_blocks * block_s)
-        self._race_blocks = protocol.race_blocks_within(race_share, block_s)
+        probed_s = self._plan.probe.seconds(share) if self._plan.probe is not None else 0.0
+        self._race_blocks = protocol.race_blocks_within(race_share - probed_s, block_s)
         search = self._search(cell, begun + race_share)
         self._finish(cell, self._decide(cell, search, protocol.duel_seconds(share)))
 
+    def _probe(self, cell: Cell, share_s: float) -> None:
+        """Measure the cell's parts within their share, and remember what they promise; once, also in a resumed run."""
+        seconds = self._plan.probe.seconds(share_s) if self._plan.probe is not None else 0.0
+        if not seconds or self._plan.probe is None or cell in self._folder.proposed:
+            return
+        runs = (SpecConfig.off(), *self._plan.probe.runs(self._plan.configs[cell], cell))
+        until = self._set.clock() + seconds
+        for config, scored_s in zip(runs, self._plan.probe.shares(runs, seconds), strict=True):
+            if self._is_over() or self._set.clock() >= until:
+                break
+            self._report(cell, str(config), "probe", 0, None)
+            record = self._runner.probe(cell, config, scored_s)
+            self._report(cell, str(config), "probe", 0, record)
+        if not self.interrupted:
+            found = compose(cell, [m for m in self._database if self._runner.is_ours(m)])
+            self._folder.propose(cell, [proposal.config for proposal in found.proposals] if found else [])
+
     def _search(self, cell: Cell, until: float) -> CellSearch:
         """Race the starting points, then others until the time is used, the trials are, or nothing is left to try."""
-        first, *others = [*self._neighbours(cell), *self._starts(cell)]
-        priors = (first, *self._starts(cell), *others)  # the nearest winner sets the mark for the guesses
-        search = CellSearch(self._storage, cell, self._plan.configs[cell], priors, self._set.seed, self._plan.protocol)
+        composed = self._folder.proposed.get(cell, ())
+        nearest, starts = self._neighbours(cell), self._starts(cell)
+        first, *others = [*nearest, *starts]
+        # the nearest winner sets the mark for the guesses; a cell counts as tuned once all starting points were raced
+        priors = (first, *composed[:2], *starts, *composed[2:], *others)
+        configs = with_trees(self._plan.configs[cell], (*composed, *nearest), cell)
+        search = CellSearch(self._storage, cell, configs, priors, self._set.seed, self._plan.protocol)
         self._leader = search.best
         while not self._is_over():
             is_spent = self._set.clock() >= until or search.num_known >= self._plan.protocol.max_trials
@@ -282,13 +312,15 @@ class _Tuner:
         evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
         records = [record for c in contents.values() for record in c.measurements]
         header = policy_header(self._database, self._set, self._labels(states, records), evidence)
-        return assemble(header, Rules(min_speedup=self._plan.protocol.min_speedup), states, records)
+        rules = Rules(min_speedup=self._plan.protocol.min_speedup)
+        return assemble(header, rules, states, records, allow_forced=self.allow_forced)
 
     def _why_ended(self) -> str:
         return "interrupted" if self.interrupted else "the budget ended"
 
     def _labels(self, states: Mapping[Cell, State], records: list[Measurement]) -> list[str]:
-        used = [m for m in records if m.status == "ok" and m.cell in states and self._runner.is_ours(m)]
+        blocks = (m for m in records if m.kind not in PART_KINDS)  # parts decide nothing
+        used = [m for m in blocks if m.status == "ok" and m.cell in states and self._runner.is_ours(m)]
         labels = {label for m in used for label in m.env.get("labels", ())}
         labels |= {"busy"} if any(m.env.get("busy") for m in used) else set()
         labels |= {"partial"} if any(state == "not_visited" for state, _ in states.values()) else set()

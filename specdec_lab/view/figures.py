@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..records import PHASES, Run
-from ..summary import Comparison, acceptance, wilson_interval
+from ..records import PHASES, Run, forced_label
+from ..summary import Comparison, acceptance, check_one_acceptance, wilson_interval
 from .palette import COMPUTE, FAMILIES, KV
 from .rows import CONTEXT, COUNT, FIRST_PHASE, KV_FLOOR, SEGMENT, STEP, TOKENS, Row, at_most, families, row_of
 
@@ -78,7 +78,14 @@ def _title(runs: Sequence[Run]) -> str:
     cells: dict[str, dict[str, None]] = {}
     for run in runs:
         cells.setdefault(str(run.header.cell), {})[run.header.config] = None
-    return "; ".join(f"{cell} {', '.join(configs)}" for cell, configs in cells.items()) or "no run"
+    words = "; ".join(f"{cell} {', '.join(configs)}" for cell, configs in cells.items()) or "no run"
+    return titled(words, *(run.header.labels for run in runs))
+
+
+def titled(words: str, *labels: Iterable[str]) -> str:
+    """A title that says so where acceptance was forced."""
+    forced = dict.fromkeys(label for some in labels if (label := forced_label(some)))
+    return " · ".join([words, *forced])
 
 
 def _strip_of(title: str, rows: Sequence[Row], starts: tuple[tuple[int, str], ...]) -> StripData:
@@ -151,7 +158,10 @@ def kv_floor_figure(data: StripData, *, dark: bool = False) -> go.Figure:
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceData:
-    """Share of drafts whose first i+1 tokens were accepted, with its 95% interval, and the geometric curve of alpha."""
+    """Share of drafts whose first i+1 tokens were accepted, with its 95% interval, and the geometric curve of alpha.
+
+    forced  the label of forced acceptance, None where it was measured
+    """
 
     title: str
     rate: tuple[float, ...]
@@ -160,6 +170,12 @@ class AcceptanceData:
     num_drafts: tuple[int, ...]
     alpha: float | None
     mean_length: float
+    forced: str | None = None
+
+    @property
+    def heading(self) -> str:
+        """What is shown, and whether it was measured."""
+        return f"Acceptance per draft position, {'forced, not measured' if self.forced else 'measured'}"
 
     @property
     def curve(self) -> tuple[float, ...]:
@@ -170,6 +186,7 @@ class AcceptanceData:
 def acceptance_per_position(runs: Run | Iterable[Run]) -> AcceptanceData:
     """Pooled over the runs; rows cut by end of text or length limit are left out."""
     runs = [runs] if isinstance(runs, Run) else list(runs)
+    forced = check_one_acceptance(runs)
     counts = acceptance(step for run in runs for step in run.steps)
     drafted = [n for n in counts.drafted_at if n]
     accepted = [round(rate * n) for rate, n in zip(counts.acceptance_rate_per_pos, drafted, strict=True)]
@@ -182,6 +199,7 @@ def acceptance_per_position(runs: Run | Iterable[Run]) -> AcceptanceData:
         num_drafts=tuple(drafted),
         alpha=counts.alpha_censored,
         mean_length=counts.mean_acceptance_length,
+        forced=forced,
     )
 
 
@@ -208,7 +226,7 @@ def acceptance_figure(data: AcceptanceData, *, dark: bool = False) -> go.Figure:
     if data.curve:
         name = f"every position at {data.alpha:.2f} (fitted)"
         figure.add_scatter(x=position, y=data.curve, name=name, mode="lines+markers", line={"dash": "dot", "color": "#8A8A8A"})
-    title = f"Acceptance per draft position, measured: {data.title}<br><sup>Wilson 95% intervals</sup>"
+    title = f"{data.heading}: {data.title}<br><sup>Wilson 95% intervals</sup>"
     figure.update_yaxes(range=[0, 1.05], tickformat=".0%")
     figure.update_xaxes(dtick=1)
     return dress(figure, title, "draft position", "accepted up to here", dark)
@@ -216,11 +234,12 @@ def acceptance_figure(data: AcceptanceData, *, dark: bool = False) -> go.Figure:
 
 @dataclass(frozen=True, slots=True)
 class PhaseBar:
-    """Mean time of a round of one configuration in one cell, split into families (ms)."""
+    """Mean time of a round of one configuration in one cell, split into families (ms); labels of its runs."""
 
     cell: str
     config: str
     parts_ms: Mapping[str, float]
+    labels: tuple[str, ...] = ()
 
 
 def phase_bars(comparisons: Iterable[Comparison]) -> tuple[PhaseBar, ...]:
@@ -232,7 +251,7 @@ def phase_bars(comparisons: Iterable[Comparison]) -> tuple[PhaseBar, ...]:
         floor = attention * (c.summary.kv_floor_share or 0.0)
         row = (0, 1, 0, *parts, floor, 0, 0, 0)
         stack = dict(zip((f.key for f in FAMILIES), families(row), strict=True))
-        bars.append(PhaseBar(str(c.cell), c.config, stack))
+        bars.append(PhaseBar(str(c.cell), c.config, stack, c.summary.labels))
     return tuple(bars)
 
 
@@ -253,7 +272,8 @@ def phase_bars_figure(bars: Sequence[PhaseBar], *, dark: bool = False) -> go.Fig
         )
     figure.update_layout(barmode="stack")
     figure.update_yaxes(autorange="reversed")
-    return dress(figure, f"Mean time of a round, measured<br><sup>{MODELLED}</sup>", "ms per round", "", dark)
+    title = titled("Mean time of a round, measured", *(bar.labels for bar in bars))
+    return dress(figure, f"{title}<br><sup>{MODELLED}</sup>", "ms per round", "", dark)
 
 
 def dress(figure: go.Figure, title: str, x: str, y: str, dark: bool) -> go.Figure:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..records import Cell
-from .figures import dress
+from .figures import dress, titled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -66,6 +66,7 @@ class HeatmapData:
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     cells: tuple[tuple[HeatCell | None, ...], ...]
+    labels: tuple[str, ...] = ()  # of the policy
 
     @property
     def log2(self) -> tuple[tuple[float | None, ...], ...]:
@@ -73,13 +74,13 @@ class HeatmapData:
         return tuple(tuple(math.log2(c.speedup) if c and c.speedup else None for c in row) for row in self.cells)
 
 
-def speedup_heatmap(table: Iterable[HeatCell | Mapping[str, Any]]) -> HeatmapData:
-    """Rows of a policy's table, arranged."""
+def speedup_heatmap(table: Iterable[HeatCell | Mapping[str, Any]], labels: Iterable[str] = ()) -> HeatmapData:
+    """Rows of a policy's table, arranged; labels: those of its header."""
     cells = [row if isinstance(row, HeatCell) else HeatCell.from_dict(row) for row in table]
     batches = tuple(sorted({c.cell.batch for c in cells}))
     lengths = tuple(sorted({c.cell.length for c in cells}))
     found = {(c.cell.batch, c.cell.length): c for c in cells}
-    return HeatmapData(batches, lengths, tuple(tuple(found.get((b, n)) for n in lengths) for b in batches))
+    return HeatmapData(batches, lengths, tuple(tuple(found.get((b, n)) for n in lengths) for b in batches), tuple(labels))
 
 
 def heatmap_figure(data: HeatmapData, *, dark: bool = False) -> go.Figure:
@@ -108,7 +109,8 @@ def heatmap_figure(data: HeatmapData, *, dark: bool = False) -> go.Figure:
     # Positions, not numbers: a category named "1024" would be taken for the coordinate 1024.
     figure.update_xaxes(tickvals=list(range(len(data.lengths))), ticktext=[f"{n:,}" for n in data.lengths], showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(data.batches))), ticktext=[str(b) for b in data.batches], showgrid=False)
-    title = "Speed-up over plain decoding, measured<br><sup>italic = the interval includes 1x; empty = not tuned</sup>"
+    heading = titled("Speed-up over plain decoding, measured", data.labels)
+    title = f"{heading}<br><sup>italic = the interval includes 1x; empty = not tuned</sup>"
     figure = dress(figure, title, "context tokens", "batch", dark)
     return figure.update_layout(hovermode="closest")
 

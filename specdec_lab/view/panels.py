@@ -32,6 +32,8 @@ class Points:
     style   index into colours, markers and dashes; a series and its fitted line share it
     hollow  per point: drawn hollow, for the caveat that the notes of the picture name
     joined  whether neighbours are joined by a line
+    words   per point: a word beside its marker
+    hover   per point: what who points at it reads, lines apart
     """
 
     label: str
@@ -42,6 +44,8 @@ class Points:
     high: tuple[float, ...]
     hollow: tuple[bool, ...]
     joined: bool = False
+    words: tuple[str, ...] = ()
+    hover: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +173,17 @@ def _add_points(figure: go.Figure, panel: Panel, series: Points, place: dict[str
     name = f"{panel.legend} {series.label}"
     colour = COLOURS[series.style % len(COLOURS)]
     symbol = MARKERS[series.style % len(MARKERS)]
+    hover = [text.replace("\n", "<br>") for text in series.hover]
     figure.add_scatter(
         x=series.x, y=series.y, name=name, legendgroup=name, showlegend=name not in shown,
-        mode="lines+markers" if series.joined else "markers",
+        mode=("lines+markers" if series.joined else "markers") + ("+text" if any(series.words) else ""),
+        text=series.words or None, textposition=["top center", "bottom center"][series.style % 2], hovertext=hover or None,
         error_y={
             "type": "data", "array": [h - y for h, y in zip(series.high, series.y, strict=True)],
             "arrayminus": [y - low for low, y in zip(series.low, series.y, strict=True)], "thickness": 1.5, "width": 3,
         },
         marker={"color": colour, "size": 8, "symbol": [f"{symbol}-open" if h else symbol for h in series.hollow]},
-        line={"color": colour, "width": 1.5}, hovertemplate="%{y:.4g}",
+        line={"color": colour, "width": 1.5}, hovertemplate="%{hovertext}" if hover else "%{y:.4g}",
         **place,
     )  # fmt: skip
     shown.add(name)

@@ -181,7 +181,21 @@ class _Plot:
         for (x, y), low, high, is_hollow in zip(at, series.low, series.high, series.hollow, strict=True):
             out.append(f'<path d="M{x:.1f} {self.py(low):.1f}V{self.py(high):.1f}" stroke="{colour}" stroke-width="1.6"/>')
             out.append(_marker(series.style, x, y, is_hollow))
-        return "".join(out)
+        return "".join([*out, *self._beside(series, at)])
+
+    def _beside(self, series: Points, at: Sequence[tuple[float, float]]) -> list[str]:
+        """Words beside markers, series above and below in turn; and an unseen disc per point that says more when pointed at."""
+        below = series.style % 2
+        away = [17 if below and y + 17 < self._foot else -9 for _, y in at]
+        words = [
+            _text(x, y + by, word, self._ink, "middle")
+            for (x, y), by, word in zip(at, away, series.words, strict=False) if word
+        ]  # fmt: skip
+        discs = [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill-opacity="0"><title>{escape(text)}</title></circle>'
+            for (x, y), text in zip(at, series.hover, strict=False)
+        ]
+        return words + discs
 
 
 def _log2(value: float) -> float:

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from ..records import RunHeader, StepRecord
+from ..records import RunHeader, StepRecord, forced_label
 from .feed import Feed
+from .figures import titled
 
 if TYPE_CHECKING:
     from .widget import LiveWidget
@@ -162,7 +163,8 @@ class Publisher(threading.Thread):
             meta["event"] = self.feed.events[-1] if self.feed.events else ""
         if everything or header is not self._about:
             self._about = header
-            meta |= {"title": shown.title, "name": shown.name, "log": list(self._log), **_about(header)}
+            title = titled(shown.title, header.labels if header else ())
+            meta |= {"title": title, "name": shown.name, "log": list(self._log), **_about(header)}
             meta["error"] = "" if shown.error is None else f"{type(shown.error).__name__}: {shown.error}"
         return meta
 
@@ -175,6 +177,7 @@ class Publisher(threading.Thread):
             tally = feed.tallies.get((feed.header.workload, place["cell"], place["config"]))
             block = "" if place["block"] is None else f" block {place['block']}"
             words.append(f"{place['cell']} {place['config']}{block}")
+            words += [forced] if (forced := forced_label(feed.header.labels)) else []
             words.append(f"round {feed.num_steps:,}, context {place['context']:,}")
             words += [f"{tally.tokens_per_s:,.1f} tokens/s"] if tally else []
             words += feed.events[-1:]

@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..records import Run, RunHeader
+from ..records import Run, RunHeader, forced_label
 from ..summary import Comparison, compare
 from .events import event_words
-from .figures import acceptance_per_position, step_strip
+from .figures import acceptance_per_position, step_strip, titled
 from .heatmap import HeatCell, HeatmapData, speedup_heatmap
 from .svg import XMLNS, acceptance_svg, strip_svg
 from .tables import html_table, quantity
@@ -61,6 +61,7 @@ def write_report(
     policy       a policy as plain data, as in its JSON file
     """
     found = compare(runs) if comparisons is None else comparisons
+    title = titled(title, *(run.header.labels for run in runs), (policy or {}).get("header", {}).get("labels", ()))
     sections = [
         _section("Against plain decoding", html_table(found)),
         *([_section("Best configuration per cell", _heat_section(policy))] if policy else []),
@@ -116,12 +117,18 @@ def _pictures(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _heat_section(policy: Mapping[str, Any]) -> str:
-    data = speedup_heatmap(policy.get("table", ()))
+    labels = policy.get("header", {}).get("labels", ())
+    data = speedup_heatmap(policy.get("table", ()), labels)
     reach = max((abs(z) for row in data.log2 for z in row if z is not None), default=1.0) or 1.0
     note = (
         "<p>Blue is faster than plain decoding, red slower, measured; italic: the interval includes 1x; empty: not tuned.</p>"
     )
-    return f"{_heat_table(data, reach)}{note}"
+    return f"{_heat_table(data, reach)}{note}{_forced_note(data.labels)}"
+
+
+def _forced_note(labels: Iterable[str]) -> str:
+    forced = forced_label(labels)
+    return f"<p><b>{escape(forced)}: no model accepted so much.</b></p>" if forced else ""
 
 
 def _heat_table(data: HeatmapData, reach: float) -> str:
@@ -178,11 +185,20 @@ def _setting(header: RunHeader) -> tuple[str, ...]:
     return tuple(map(str, named))
 
 
+# name in a header -> words, unit, what a unit is
+CEILINGS = {
+    "read_bytes_per_s": ("read", "GB/s", 1e9),
+    "gemm_flops_per_s": ("gemm", "GFLOP/s", 1e9),
+    "read_spread": ("spread of the read streams", "% of their median", 0.01),
+    "copy_bytes_per_s": ("copy, reads and writes together", "GB/s", 1e9),
+    "launch_gap_s": ("an empty kernel of a graph", "us", 1e-6),
+    "timer_tick_s": ("tick of the kernels' clock", "us", 1e-6),
+    "sm_mhz_before": ("clock before", "MHz", 1.0),
+    "sm_mhz_after": ("clock after", "MHz", 1.0),
+}
+
+
 def _header_facts(header: RunHeader) -> list[tuple[str, str]]:
-    ceilings = {
-        "read_bytes_per_s": ("GB/s read, measured at start", 1e9),
-        "gemm_flops_per_s": ("GFLOP/s, measured at start", 1e9),
-    }
     facts = [
         ("target", _words(header.target)),
         ("draft model", _words(header.draft) if header.draft else "none loaded"),
@@ -197,8 +213,8 @@ def _header_facts(header: RunHeader) -> list[tuple[str, str]]:
         ("commit", header.commit),
     ]
     for name, value in header.ceilings.items():
-        unit, scale = ceilings.get(name, ("", 1.0))
-        facts.append((f"ceiling: {name.split('_')[0]}", f"{quantity(value / scale)} {unit}"))
+        words, unit, scale = CEILINGS.get(name, (name, "", 1.0))
+        facts.append((f"ceiling: {words}", f"{quantity(value / scale)} {unit}, measured at start"))
     facts.append(("instrumented", "yes" if header.instrumented else "no"))
     return facts
 

@@ -145,12 +145,13 @@ def acceptance_svg(data: AcceptanceData, size: tuple[int, int] = (340, 220), ink
     alpha = "" if data.alpha is None else f"; rings: {data.alpha:.2f} each"
     frame = _Frame(size, (0.5, max(len(data.rate), 1) + 0.5), 1.0, ink)
     axis = frame.y_axis({share / 4: f"{share * 25}%" for share in range(5)})
+    title = f"acceptance per position{f' · {data.forced}' if data.forced else ''}"
     if not data.rate:
-        return frame.close("acceptance per position", axis, "plain decoding drafts nothing")
+        return frame.close(title, axis, "plain decoding drafts nothing")
     bars = "".join(_bar(frame, data, i) for i in range(len(data.rate)))
     rings = "".join(_ring(frame, i + 1, y) for i, y in enumerate(data.curve))
     return frame.close(
-        "acceptance per position" + alpha, axis + bars + rings, f"draft position, of {data.num_drafts[0]:,} drafts"
+        title + alpha, axis + bars + rings, f"draft position, of {data.num_drafts[0]:,} drafts"
     )
 
 

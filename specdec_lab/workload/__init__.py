@@ -10,7 +10,7 @@ from typing import Unpack
 from ..records import Cell
 from .needle import ANSWER_TOKENS, NEEDLE, answer, needle_prompts, retrieved
 from .needle_text import VOCABULARY as NEEDLE_VOCABULARY
-from .prompts import VERIFIERS, Sampling, Tokenizer, Tokens, Workload, from_file, from_text
+from .prompts import VERIFIERS, Sampling, Tokenizer, Tokens, Workload, from_file, from_text, random_context
 from .shipped_text import CONTINUATION_TOKENS, HELD_OUT, HELD_OUT_KINDS, HeldOutText, held_out, read_held_out
 
 KINDS = (*HELD_OUT_KINDS, NEEDLE)
@@ -18,14 +18,14 @@ KINDS = (*HELD_OUT_KINDS, NEEDLE)
 __all__ = [
     "ANSWER_TOKENS", "CONTINUATION_TOKENS", "HELD_OUT", "HELD_OUT_KINDS", "KINDS", "NEEDLE", "NEEDLE_VOCABULARY", "VERIFIERS",
     "HeldOutText", "Sampling", "Tokenizer", "Tokens", "Workload", "answer", "from_file", "from_text", "held_out", "make",
-    "needle_prompts", "read_held_out", "retrieved", "why_not",
+    "needle_prompts", "random_context", "read_held_out", "retrieved", "why_not",
 ]  # fmt: skip
 
 
 def why_not(kind: str, tokenizer: Tokenizer | None, vocabulary: int, model: str) -> str | None:
     """Why a model with this tokenizer and so many token ids cannot read this kind of workload; None when it can."""
     if kind not in KINDS:
-        return f"workload must be one of {', '.join(KINDS)}, got {kind!r}"
+        return f"workload must be one of {', '.join(KINDS)} or random, got {kind!r}"
     if kind == NEEDLE:
         if tokenizer is None and vocabulary == NEEDLE_VOCABULARY:
             return None
@@ -34,7 +34,8 @@ def why_not(kind: str, tokenizer: Tokenizer | None, vocabulary: int, model: str)
     if tokenizer is not None:
         return None
     return (f"{model} was loaded without a tokenizer, so the shipped {kind} text cannot be given to it. Load a folder with "
-            "tokenizer files, pass a function from cell to Workload, or, with --model needle, use the needle workload")
+            "tokenizer files, take the workload 'random' (for timing only), pass a function from cell to Workload, or, with "
+            "--model needle, use the needle workload")
 
 
 def make(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
-from ..records import Cell
+from ..records import RANDOM_CONTEXT, Cell
 
 VERIFIERS = ("rejection", "coupled")
 
@@ -53,6 +54,8 @@ class Workload:
     turns           turns[k][row] is appended once every row has finished its reply to turn k: a growing conversation
     sequence_ids    the random stream of each row, 0..batch-1 when None: a row keeps its draws in any batch
     labels          what a reader of the numbers must know about the prompts, for example "repeated prompts"
+    context         "read", or "noise": the KV of the prompts is filled with seeded random numbers instead, labelled
+                    "random context"; for timing only, see random_context
     """
 
     name: str
@@ -67,8 +70,13 @@ class Workload:
     turns: tuple[tuple[Tokens, ...], ...] = ()
     sequence_ids: Tokens | None = None
     labels: tuple[str, ...] = ()
+    context: str = "read"
 
     def __post_init__(self) -> None:
+        if self.context not in ("read", "noise"):
+            raise ValueError(f"Workload.context must be read or noise, got {self.context!r}")
+        if self.context == "noise" and RANDOM_CONTEXT not in self.labels:
+            object.__setattr__(self, "labels", (*self.labels, RANDOM_CONTEXT))
         object.__setattr__(self, "prompts", as_rows(self.prompts))
         object.__setattr__(self, "turns", tuple(as_rows(turn) for turn in self.turns))
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -172,3 +180,14 @@ def _jsonl_texts(text: str, path: Path) -> list[str]:
             raise ValueError(f'{path}, line {number} is not an object with a non-empty "text": {line[:60]}')
         texts.append(entry["text"])
     return texts
+
+
+def random_context(cell: Cell, vocabulary: int, *, max_new_tokens: int = 128, **sampling: Unpack[Sampling]) -> Workload:
+    """Prompts of random ids whose KV is filled with noise instead of being read: for timing a shape at a length at once.
+
+    Labelled "random context"; what is generated and accepted means nothing. stop_at_eos is False unless given.
+    """
+    rng = random.Random(sampling.get("seed", 0))
+    sampling.setdefault("stop_at_eos", False)
+    prompts = as_rows(rng.choices(range(vocabulary), k=cell.length) for _ in range(cell.batch))
+    return Workload("random", prompts, max_new_tokens, context="noise", **sampling)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...costs import Limits, ModelShape
-from ...records import Cell, SpecConfig, Spread
+from ...records import Cell, SpecConfig, Spread, forced_label
 from ...summary import PairedRatio
 
 SCHEMA = "specdec_lab.scaling/1"
@@ -152,7 +152,12 @@ class Scaling:
 
     @property
     def where(self) -> str:
-        """The machine, as far as a title has room for it."""
+        """The machine, as far as a title has room for it, and whether acceptance was forced."""
+        forced = next((f", {label}" for p in self.points if (label := forced_label(p.labels))), "")
+        return self._machine + forced
+
+    @property
+    def _machine(self) -> str:
         machine = self.header["machine"]
         if not str(machine.get("torch_device", "cpu")).startswith("cpu"):
             return str(self.header["device"])

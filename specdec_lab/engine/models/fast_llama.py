@@ -7,7 +7,7 @@ variants with fixed frequencies (linear, llama3, yarn) are the same numbers. Not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache, available_bytes
 from ..clocks import Clock, Phase
 from ..cpu_backend import CpuBackend, CpuPlan
+from .parallel import Group, Shard
 from .rotation import Rotation, rotation_of
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
@@ -48,6 +49,20 @@ class Layer:
     post_norm: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the layers are made of, as it lies in memory, for who runs them itself. cos, sin [positions, D/2] float32."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor
+    cos: Tensor
+    sin: Tensor
+    eps: float
+    scale: float
 
 
 def why_not(config: Any) -> str | None:
@@ -120,21 +135,32 @@ class FastLlama:
 
     def __init__(
         self, config: Any, weights: Mapping[str, Tensor], *, name: str, device: torch.device, dtype: torch.dtype,
-        kv_dtype: torch.dtype | None = None, moves_sinks: bool = False,
+        kv_dtype: torch.dtype | None = None, moves_sinks: bool = False, fingerprint: str | None = None,
+        labels: tuple[str, ...] = (), shard: Shard | None = None, group: Group | None = None,
     ) -> None:
+        """fingerprint: of weights that are made by name when asked for, so are neither checked nor read in advance.
+
+        shard, group  of tensor parallelism; config and weights are then the shard's own, the vocabulary is whole
+        """
         reason = why_not(config)
         if reason is not None:
             raise ValueError(f"{reason}. Use runner='hf'.")
-        check_tensors(config, weights)
+        if fingerprint is None:
+            check_tensors(config, weights)
         self.name, self.dtype, self.kv_dtype, self.device = name, dtype, kv_dtype or dtype, device
         self.shape, self.max_length = shape_of(config), int(config.max_position_embeddings)
-        self.fingerprint = weights_fingerprint(config.to_diff_dict(), weights.items())
+        self.fingerprint = fingerprint or weights_fingerprint(config.to_diff_dict(), weights.items())
         self.rotation: Rotation | None = rotation_of(config, device) if moves_sinks else None
+        self.labels, self.group = labels, group
+        if shard is not None:
+            self.shape = replace(self.shape, head_shards=shard.ranks)
         self._eps = float(config.rms_norm_eps)
         self._scale = self.shape.head_dim**-0.5
         self._embedding = weights["model.embed_tokens.weight"].to(device, dtype)
         self._norm = weights["model.norm.weight"].to(device, dtype)
         self._head = self._embedding if self.shape.tied else weights["lm_head.weight"].to(device, dtype)
+        if shard is not None and self.shape.tied:
+            self._head = shard.cut(self._embedding, 0)
         self._layers = [self._fuse(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self._cos, self._sin = self._rotary_table(config, self.max_length)
         self._config = config
@@ -170,6 +196,10 @@ class FastLlama:
         cos, sin = (angles.cos(), angles.sin()) if self.rotation is None else self.rotation.at(order)
         return (cos * scaling).to(self.device), (sin * scaling).to(self.device)
 
+    def parts(self) -> Parts:
+        """Weights and rotary tables; the tables of caches made so far are long enough for those."""
+        return Parts(self._embedding, self._layers, self._norm, self._head, self._cos, self._sin, self._eps, self._scale)
+
     def need(self) -> Need:
         """Plain softmax attention with this head size and grouping."""
         return Need(self.device.type, self.kv_dtype, self.shape.head_dim, self.shape.heads // self.shape.kv_heads)
@@ -177,7 +207,8 @@ class FastLlama:
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache; the rotary table grows with it when a run goes beyond the trained length."""
         s = self.shape
-        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
+        cache = KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device,
+                        weight_bytes=s.params * self.dtype.itemsize)
         if cache.slots > self._cos.shape[0]:
             self._cos, self._sin = self._rotary_table(self._config, cache.slots)
             if self._decoder is not None:
@@ -186,6 +217,8 @@ class FastLlama:
 
     def why_not_compiled(self, backend: AttentionBackend) -> str | None:
         """None if rounds over this back end run as one compiled call each, else the reason in words."""
+        if self.group is not None:
+            return "shards meet after the attention and after the MLP of every layer"
         if backend.name != "cpu":
             return f"the {backend.name} back end attends layer by layer"
         reason = decoder.why_not(self.dtype)
@@ -269,14 +302,19 @@ class FastLlama:
             clock.attention()
             attended = backend.attend(q, cache, number, plan, self._scale)
             clock.linear()
-            hidden = hidden + F.linear(attended.reshape(batch * queries, -1), layer.out, layer.out_bias)
+            hidden = hidden + self._sum(F.linear(attended.reshape(batch * queries, -1), layer.out, layer.out_bias))
             gate_up = F.linear(F.rms_norm(hidden, (hidden.shape[-1],), layer.post_norm, self._eps), layer.gate_up)
             gate, up = gate_up.chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            hidden = hidden + self._sum(F.linear(F.silu(gate) * up, layer.down))
         if keep is None:
             return hidden.new_empty(batch, 0, self.shape.vocab)
         kept = hidden.view(batch, queries, -1)[:, keep]
-        return F.linear(F.rms_norm(kept, (kept.shape[-1],), self._norm, self._eps), self._head)
+        logits = F.linear(F.rms_norm(kept, (kept.shape[-1],), self._norm, self._eps), self._head)
+        return logits if self.group is None else self.group.gather(logits)
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        """What all shards together add to the residual stream."""
+        return partial if self.group is None else self.group.sum(partial)
 
     def _project(
         self, layer: Layer, hidden: Tensor, batch: int, queries: int, cos: Tensor, sin: Tensor

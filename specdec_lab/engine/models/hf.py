@@ -17,6 +17,7 @@ from specdec_kernels.decoder.cpu import Draw
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+from .parallel import Group
 from .rotation import Rotation, check_not_learned, rotation_of, turn
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 
@@ -79,6 +80,8 @@ class HFRunner:
     """Any transformers causal LM whose attention goes through AttentionInterface; see Runner for the contract."""
 
     kind = "hf"
+    labels: tuple[str, ...] = ()
+    group: Group | None = None
 
     def __init__(self, model: Any, *, name: str, kv_dtype: torch.dtype | None = None, moves_sinks: bool = False) -> None:
         from transformers import AttentionInterface
@@ -118,7 +121,8 @@ class HFRunner:
     def new_cache(self, batch: int, max_tokens: int) -> KvCache:
         """An empty cache for this model."""
         s = self.shape
-        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device)
+        return KvCache(s.layers, batch, s.kv_heads, max_tokens, s.head_dim, self.kv_dtype, self.device,
+                       weight_bytes=s.params * self.dtype.itemsize)
 
     def forward(
         self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, keep: Tensor | None,

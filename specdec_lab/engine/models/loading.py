@@ -6,6 +6,7 @@ Only safetensors, or pickles read with `weights_only=True`. Not known here: the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fast_llama, rotation
-from .fast_llama import FastLlama, WeightsMismatch
+from . import fast_llama, random_weights, rotation
+from .fast_llama import FastLlama, WeightsMismatch, check_tensors
 from .hf import HFRunner
-from .runner import Runner
+from .parallel import ParallelError, Placement, ShardedWeights, shard_config
+from .runner import Runner, shape_of, weights_fingerprint
 
 DEMO = Path(__file__).parents[2] / "demo"
 DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M", DEMO / "needle": "needle"}
@@ -48,17 +50,23 @@ class ModelPair:
 
 def load(
     model: Any = "demo", draft: Any = None, *, device: str = "auto", dtype: str | torch.dtype = "auto", runner: str = "auto",
-    kv_dtype: str | torch.dtype = "auto", draft_positions: str = "absolute",
+    kv_dtype: str | torch.dtype = "auto", draft_positions: str = "absolute", seed: int = 0, tensor_parallel: int = 1,
+    shard: str | None = None,
 ) -> ModelPair:
     """The pair to speculate with.
 
     model, draft  "demo" (the shipped pair), "needle" (the retrieval model, shipped without a draft), a folder, a hub name, or a
-                  transformers causal LM
+                  transformers causal LM; "random:NAME" has the sizes of a published model and random weights, for timing:
+                  llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or (to try commands) tiny and tiny-draft
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
     draft_positions  absolute, or cache for a draft trained on shorter texts than these: through a window it then sees what it
                   would see in a text of sink + recent tokens
+    seed          of random weights
+    tensor_parallel  ranks among which the target's heads, MLP and vocabulary are cut, one process each (torchrun); each
+                  holds the whole draft
+    shard         "1/8": the first of eight shards alone, its sums over ranks left out; for timing
     raises        ModelNotFound, WeightsMismatch, TokenizerMismatch, ValueError for a runner or a draft that cannot
     """
     if runner not in ("auto", "fast", "hf"):
@@ -80,13 +88,14 @@ def load(
         name, model = "needle", DEMO / "needle"
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
-    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached)
+    placement = Placement.of(tensor_parallel, shard, place)
+    target, tokenizer, eos_ids = _load_one(model, place, dtype, runner, cached, seed, placement)
     moves_sinks = draft_positions == "cache"
     if draft is None:
         if moves_sinks:
             raise ValueError("draft_positions='cache' is about a draft model, and none is loaded. Load one with draft=...")
         return ModelPair(name, target, None, tokenizer, eos_ids)
-    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached, moves_sinks)
+    helper, draft_tokenizer, _ = _load_one(draft, place, dtype, runner, cached, seed + 1, moves_sinks=moves_sinks)
     _check_vocabularies(target, tokenizer, helper, draft_tokenizer)
     return ModelPair(name, target, helper, tokenizer, eos_ids)
 
@@ -105,11 +114,19 @@ def _device(name: str) -> torch.device:
 
 def _load_one(
     model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None,
-    moves_sinks: bool = False,
+    seed: int, placement: Placement | None = None, moves_sinks: bool = False,
 ) -> tuple[Runner, Any | None, tuple[int, ...]]:
     """A runner, its tokenizer if it has one, and its end-of-text ids."""
+    if isinstance(model, str) and model.startswith(random_weights.PREFIX):
+        if runner == "hf":
+            raise ValueError(f"{model} runs on our own runner only. Use runner='auto' or 'fast'.")
+        config = random_weights.config_of(model.removeprefix(random_weights.PREFIX))
+        chosen = _dtype(dtype, config, device)
+        made = random_weights.make(model, config, seed=seed, device=device, dtype=chosen, kv_dtype=kv_dtype,
+                                   placement=placement, moves_sinks=moves_sinks)
+        return made, None, _eos(config)
     if not isinstance(model, str | Path):
-        return _from_memory(model, device, dtype, runner, kv_dtype, moves_sinks)
+        return _from_memory(model, device, dtype, runner, kv_dtype, placement, moves_sinks)
     from transformers import AutoConfig, AutoTokenizer
 
     where = str(model)
@@ -126,13 +143,12 @@ def _load_one(
     if runner == "fast" and reason:
         raise ValueError(f"{reason}. Use runner='hf'.")
     name = DEMO_NAMES.get(Path(where)) or (Path(where).name if Path(where).exists() else where)
+    _check_can_cut(placement, runner, reason)
     loaded: Runner
     if runner == "hf" or reason:
         loaded = HFRunner(_hf_model(where, chosen, device), name=name, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
     else:
-        loaded = FastLlama(
-            config, read_weights(where), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype, moves_sinks=moves_sinks
-        )
+        loaded = _fast(config, read_weights(where), name, device, chosen, kv_dtype, placement, moves_sinks)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
@@ -142,7 +158,8 @@ def _load_one(
 
 
 def _from_memory(
-    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None, moves_sinks: bool
+    model: Any, device: torch.device, dtype: str | torch.dtype, runner: str, kv_dtype: torch.dtype | None,
+    placement: Placement | None, moves_sinks: bool,
 ) -> tuple[Runner, None, tuple[int, ...]]:
     if not hasattr(model, "config") or not hasattr(model, "state_dict"):
         raise ModelNotFound(
@@ -153,15 +170,35 @@ def _from_memory(
         raise ValueError(f"{reason}. Use runner='hf'.")
     name = getattr(model, "name_or_path", "") or type(model).__name__
     chosen = next(model.parameters()).dtype if dtype == "auto" else _dtype(dtype, model.config, device)
+    _check_can_cut(placement, runner, reason)
     loaded: Runner
     if runner == "hf" or reason:
         loaded = HFRunner(model.to(device, chosen), name=name, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
     else:
-        loaded = FastLlama(
-            model.config, model.state_dict(), name=name, device=device, dtype=chosen, kv_dtype=kv_dtype,
-            moves_sinks=moves_sinks,
-        )
+        loaded = _fast(model.config, model.state_dict(), name, device, chosen, kv_dtype, placement, moves_sinks)
     return loaded, None, _eos(model.config)
+
+
+def _check_can_cut(placement: Placement | None, runner: str, reason: str | None) -> None:
+    if placement is not None and (runner == "hf" or reason):
+        raise ParallelError(f"only our own runner cuts a model among ranks: {reason or 'runner hf was asked for'}")
+
+
+def _fast(
+    config: Any, weights: Mapping[str, Tensor], name: str, device: torch.device, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None, placement: Placement | None, moves_sinks: bool,
+) -> FastLlama:
+    """The whole model, or the shard of this rank."""
+    if placement is None:
+        return FastLlama(config, weights, name=name, device=device, dtype=dtype, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
+    shard = placement.shard
+    check_tensors(config, weights)
+    cut = shard_config(config, shape_of(config), shard.ranks)
+    made = f"{weights_fingerprint(config.to_diff_dict(), weights.items())}/{shard.ranks}"
+    return FastLlama(
+        cut, ShardedWeights(weights, shard), name=name, device=device, dtype=dtype, kv_dtype=kv_dtype, fingerprint=made,
+        labels=placement.labels, shard=shard, group=placement.group,
+    )
 
 
 def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -21,6 +21,7 @@ from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
+from .parallel import Group
 
 if TYPE_CHECKING:
     from .rotation import Rotation
@@ -54,6 +55,8 @@ class Runner(Protocol):
     max_length: int  # positions the model was made for
     rotation: Rotation | None  # how its keys are moved, where its positions are those of the cache (see rotation.py)
     fingerprint: str
+    group: Group | None  # the ranks that this model is cut among
+    labels: tuple[str, ...]  # what a reader of its numbers must know, for example "random-weights"
 
     def need(self) -> Need:
         """What this model asks of an attention back end."""

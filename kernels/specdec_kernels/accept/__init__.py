@@ -1,0 +1,1 @@
+"""Which drafted tokens the target accepts, chains and trees: reference.py says what, gpu.py how fast."""

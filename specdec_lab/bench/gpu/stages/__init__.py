@@ -1,0 +1,1 @@
+"""The stages: one module each, whose `stage(context)` yields rows. plan.py lists them."""
