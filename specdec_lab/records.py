@@ -333,6 +333,8 @@ class SpecConfig:
             raise ParseError(f"config {text!r}, column {where}: {error}") from None
 
 
+FELL_BACK = "fell back"  # how the flag begins that the first round after a live fall-back carries; "from CONFIG" follows
+
 # The measured parts of a round, in the order in which they are stacked. They sum to wall_s.
 PHASES = ("draft_s", "linear_s", "attention_s", "commit_s", "accept_s", "host_s")
 
@@ -378,7 +380,7 @@ class StepRecord:
     draft_threads: int = 0  # of draft forwards and of verify on a CPU, as measured to be fastest; 0 where it means nothing
     verify_threads: int = 0
     context_cost_s: float | None = None  # sampled: step(n) - step(tiny n)
-    flags: tuple[str, ...] = ()  # "busy", "floor-above-measured", ...
+    flags: tuple[str, ...] = ()  # "busy", "floor-above-measured", "fell back from CONFIG"
 
     def __post_init__(self) -> None:
         if self.kind not in ("prefill", "round"):

@@ -380,8 +380,11 @@ def test_a_policy_of_this_machine_is_used_without_a_word():
 # The guard: break-even of every estimate above is 1.5 tokens per row and round
 
 
-def guarded():
-    return policy(*GRID, rules=Rules(guard=Guard(window_steps=16, cooldown_steps=40, margin=0.03))).chooser()
+ALONE = (row("1x4096", WINDOW, window=1.2, full=0.9, ngram=0.95),)  # nothing else gains there
+
+
+def guarded(table=ALONE):
+    return policy(*table, rules=Rules(guard=Guard(window_steps=16, cooldown_steps=40, margin=0.03))).chooser()
 
 
 def feed(choose, accepted, rounds):

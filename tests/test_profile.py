@@ -220,7 +220,7 @@ def test_what_the_engine_cannot_run_is_said_before_anything_is_measured(engine):
 @pytest.mark.parametrize(("options", "words"), [
     ({"cells": ()}, "at least one cell"), ({"blocks": 0}, "at least 1 block"), ({"block_s": 0.0}, "more than 0 s"),
     ({"cells": ["1x5000"]}, "none of these cells can run. 1x5000 skipped: LlamaForCausalLM has 1024"),
-    ({"workload": "novels"}, "workload must be one of prose, code, revision, conversation, got 'novels'"),
+    ({"workload": "novels"}, "workload must be one of prose, code, revision, conversation, needle or random, got 'novels'"),
 ])
 def test_a_profile_of_nothing_is_refused(engine, options, words):
     with pytest.raises(ValueError, match=words):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = (
     "specdec_lab/demo/target/model.safetensors", "specdec_lab/demo/draft/model.safetensors",
     "specdec_lab/demo/target/tokenizer.json", "specdec_lab/demo/held_out.jsonl.gz", "specdec_lab/demo/LICENSE-PSF.txt",
+    "specdec_lab/demo/needle/model.safetensors", "specdec_lab/demo/needle/config.json",
     "specdec_lab/demo/CORPUS.json", "specdec_kernels/cpu.c", "specdec_kernels/tree_attention/cpu.c",
     "specdec_kernels/decoder/cpu.c", "specdec_kernels/noise/cpu.c", "specdec_lab/policy/schema.json",
     "specdec_lab/view/web/live.js", "specdec_lab/_tuning_db/README.md",

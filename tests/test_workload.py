@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from specdec_lab import workload
 from specdec_lab.records import Cell
-from specdec_lab.workload import KINDS, Workload, from_file, from_text, held_out, read_held_out
+from specdec_lab.workload import HELD_OUT_KINDS, Workload, from_file, from_text, held_out, read_held_out, shipped_text
 
 
 class Bytes:
@@ -112,7 +112,7 @@ def test_a_missing_file_and_a_folder_are_clear_errors(tmp_path):
         from_file(tmp_path, Bytes())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HELD_OUT_KINDS)
 @pytest.mark.parametrize("cell", [Cell(3, 64), Cell(5, 1000), Cell(2, 8192)], ids=str)
 def test_held_out_prompts_have_exactly_the_length_asked_for_and_differ(kind, cell):
     w = held_out(kind, cell, Bytes(), seed=4)
@@ -162,7 +162,7 @@ def test_a_revision_prompt_ends_inside_a_copy_of_its_own_beginning(length):
 
 
 def test_a_beginning_of_text_token_leads_every_prompt_and_is_counted():
-    for kind in KINDS:
+    for kind in HELD_OUT_KINDS:
         w = held_out(kind, Cell(3, 200), Bytes(bos=256), seed=1)
         assert all(p[0] == 256 and 256 not in p[1:] and len(p) == 200 for p in w.prompts)
         assert all(256 not in row for turn in w.turns for row in turn)
@@ -200,7 +200,7 @@ def test_overlapping_excerpts_never_repeat_a_disjoint_one():
     rng = random.Random(0)
     for length in (64, 97, 500):
         document = tuple(range(2111))
-        disjoint, overlapping = (list(part) for part in workload._excerpts(document, length, rng))
+        disjoint, overlapping = (list(part) for part in shipped_text._excerpts(document, length, rng))
         starts = [e[0] for e in disjoint + overlapping]
         assert len(set(starts)) == len(starts)
         assert all(b - a >= length for a, b in pairwise(sorted(e[0] for e in disjoint)))

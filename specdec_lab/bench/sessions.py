@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.cache import CacheTooLarge, available_bytes, check_fits
 from ..records import Cell
 from ..stream import Stream
-from ..workload import KINDS, Sampling, Tokenizer, Workload, held_out, random_context
+from ..workload import ANSWER_TOKENS, NEEDLE, Sampling, Tokenizer, Workload, make, random_context, why_not
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine, OpenSession
@@ -28,8 +28,8 @@ KEPT_TEXTS = 256
 class Sessions:
     """Streams of any cell of one workload; what does not fit beside an open session takes its place.
 
-    workload  a kind of shipped held-out text (prose, code, revision, conversation), "random" (ids and KV of chance, for
-              timing only), or a function from cell to Workload
+    workload  a kind of workload.KINDS (needle is for the needle model), "random" (ids and KV of chance, for timing only), or a
+              function from cell to Workload
     """
 
     def __init__(
@@ -106,20 +106,18 @@ def _held_out(
 ) -> Callable[[Cell], Workload]:
     if kind == RANDOM:
         return lambda cell: random_context(cell, pair.target.shape.vocab, max_new_tokens=max_new_tokens, **sampling)
-    if kind not in KINDS:
-        raise ValueError(f"workload must be one of {', '.join(KINDS)} or {RANDOM}, got {kind!r}")
-    if pair.tokenizer is None:
-        raise ValueError(
-            f"{pair.name} was loaded without a tokenizer, so the shipped {kind} text cannot be given to it. Load a folder with "
-            "tokenizer files, take the workload 'random' (for timing only), or pass a function from cell to Workload"
-        )
-    tokenizer, limit = _Remembering(pair.tokenizer), pair.target.max_length
+    if reason := why_not(kind, pair.tokenizer, pair.target.shape.vocab, pair.name):
+        raise ValueError(reason)
+    tokenizer = None if pair.tokenizer is None else _Remembering(pair.tokenizer)
+    limit = pair.target.max_length
+    if kind == NEEDLE:  # what follows a value is filler, which every draft foresees
+        max_new_tokens = min(max_new_tokens, ANSWER_TOKENS)
 
-    def make(cell: Cell) -> Workload:
+    def made(cell: Cell) -> Workload:
         new_tokens = min(max_new_tokens, max(MIN_NEW_TOKENS, limit - cell.length))
-        return held_out(kind, cell, tokenizer, max_new_tokens=new_tokens, **sampling)
+        return make(kind, cell, tokenizer, max_new_tokens=new_tokens, **sampling)
 
-    return make
+    return made
 
 
 class _Remembering:

@@ -78,7 +78,8 @@ def _race(actions: Verbs) -> None:
     action.add_argument("--blocks", type=spelled(parse_count), default=5, metavar="N",
                         help="interleaved repetitions; the interval comes from them (default: 5)")
     action.add_argument("--new-tokens", type=spelled(parse_count), default=32, metavar="N", help="per decode (default: 32)")
-    action.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    action.add_argument("--workload", choices=WORKLOADS, default="prose",
+                        help="shipped text, or needle with --model needle (default: prose)")
     action.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the peers (default: 0)")
     action.add_argument("--markdown", metavar="FILE.md", help="write the table as markdown")
     save_options(action)
@@ -94,7 +95,8 @@ def _overhead(actions: Verbs) -> None:
                         help="default: off,self:4+60/chain3")
     action.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
     action.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="of four runs each (default: 8)")
-    action.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    action.add_argument("--workload", choices=WORKLOADS, default="prose",
+                        help="shipped text, or needle with --model needle (default: prose)")
     save_options(action)
     choose_model(action)
     offer_json(action)
@@ -150,7 +152,7 @@ def _scaling(actions: Verbs) -> None:
                         help="default: self:4+60/chain3,self:4+252/chain4,model:4+124/chain3; off always runs beside them")
     action.add_argument("--widths", type=spelled(split_counts), metavar="N,...",
                         help="verified tokens measured in three spread cells (default: 1,2,4,5,8,9,16)")
-    action.add_argument("--workload", choices=LOADS, help="shipped held-out text (default: prose), or random (timing only)")
+    action.add_argument("--workload", choices=LOADS, help="shipped text, needle with --model needle, or random (timing only)")
     action.add_argument("--temperature", type=spelled(positive), metavar="T", help="sample at T (default: greedy)")
     action.add_argument("--verifier", choices=("rejection", "coupled"), help="when sampling (default: rejection)")
     action.add_argument("--seed", type=int, metavar="N", help="of sampling and of the places in the text (default: 0)")

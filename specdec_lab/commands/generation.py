@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..records import Run, SpecConfig
-from ..workload import Sampling, Workload, from_file, from_text, held_out, random_context
+from ..workload import NEEDLE, Sampling, Workload, from_file, from_text, make, random_context, retrieved, why_not
 from .files import writable_file
 from .lab import Lab, is_first_rank
 from .mistakes import UserMistake, asked
@@ -39,7 +39,7 @@ def run(lab: Lab, args: Namespace) -> StreamJob:
     pair = engine.pair
 
     def conclude(runs: Sequence[Run]) -> Outcome:
-        return _conclude(runs, pair, timeline)
+        return _conclude(runs, pair, timeline, workload)
 
     title = f"{args.config} on {workload.name} {workload.cell}"
     return StreamJob("run", title, (stream,), conclude, lambda header: trace, texts=lambda runs: texts(runs, pair))
@@ -79,11 +79,13 @@ def _workload(engine: Engine, args: Namespace) -> Workload:
         engine.check_memory(args.cell.batch, args.cell.length + args.max_new_tokens)
     if args.workload == "random":
         return random_context(args.cell, pair.target.shape.vocab, max_new_tokens=args.max_new_tokens, **sampling)
+    if args.workload is not None:
+        if reason := why_not(args.workload, pair.tokenizer, pair.target.shape.vocab, pair.name):
+            raise UserMistake(reason)
+        return make(args.workload, args.cell, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
     if pair.tokenizer is None:
         raise UserMistake(f"{pair.name} was loaded without a tokenizer and cannot read text; load a folder that holds one, or "
-                          "give it --workload random --cell 1x1024")
-    if args.workload is not None:
-        return held_out(args.workload, args.cell, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
+                        "give it --workload random --cell 1x1024")
     if args.file is not None and args.file != "-":
         return from_file(args.file, pair.tokenizer, max_new_tokens=args.max_new_tokens, **sampling)
     prompts = args.prompt or [sys.stdin.read()]
@@ -97,7 +99,7 @@ def texts(runs: Sequence[Run], pair: ModelPair) -> list[str]:
     return [pair.tokenizer.decode(tokens) for run in runs for tokens in run.tokens()]
 
 
-def _conclude(runs: Sequence[Run], pair: ModelPair, timeline: Path | None) -> Outcome:
+def _conclude(runs: Sequence[Run], pair: ModelPair, timeline: Path | None, workload: Workload) -> Outcome:
     from ..summary import compare, summarize
     from ..trace import write_perfetto
     from ..view.tables import render_table
@@ -109,6 +111,10 @@ def _conclude(runs: Sequence[Run], pair: ModelPair, timeline: Path | None) -> Ou
     if runs:
         data |= {"summary": summarize(runs[0]).to_dict(), "header": runs[0].header.to_dict()}
         data["interrupted"] = runs[0].interrupted
+    found = retrieved(workload, runs[0].tokens()) if runs and workload.name == NEEDLE else []
+    if found:
+        data["retrieved"] = found
     blocks = [f"--- {i + 1} ---\n{text}" for i, text in enumerate(generated)] if len(generated) > 1 else generated
-    words = "\n\n".join([*blocks, render_table(compare(runs))])
+    said = [f"said of the value asked for: {', '.join(f'{share:.0%}' for share in found)}"] if found else []
+    words = "\n\n".join([*blocks, *said, render_table(compare(runs))])
     return Outcome(runs, words, data, INTERRUPTED if any(run.interrupted for run in runs) else OK)

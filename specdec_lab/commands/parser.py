@@ -11,7 +11,7 @@ from ..records import Cell, parse_count
 from .mistakes import UserMistake
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
 
-WORKLOADS = ("prose", "code", "revision", "conversation")
+WORKLOADS = ("prose", "code", "revision", "conversation", "needle")
 LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
@@ -95,7 +95,8 @@ def _run(verbs: Verbs) -> None:
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch")
     source.add_argument("--file", metavar="FILE", help='a text file, or .jsonl with one {"text": ...} per line; - reads stdin')
-    source.add_argument("--workload", choices=LOADS, help="held-out text, or random ids and KV (timing); needs --cell")
+    source.add_argument("--workload", choices=LOADS,
+                        help="shipped text, needle with --model needle, or random ids and KV (timing); needs --cell")
     verb.add_argument("--cell", type=spelled(Cell.parse), metavar="BxL", help="batch and prompt length of the workload: 1x1024")
     verb.add_argument("--config", default="off", metavar="CONFIG",
                       help="off, self:4+60/chain3, model:4+252/chain4, ngram/chain8, or a policy file (default: off)")
@@ -118,7 +119,7 @@ def _profile(verbs: Verbs) -> None:
     verb.add_argument("--configs", type=spelled(split_configs), required=True, metavar="CONFIG,...",
                       help="for example off,self:4+60/chain3; off is added if left out")
     verb.add_argument("--workload", choices=LOADS, default="prose",
-                      help="shipped held-out text (default: prose), or random: ids and KV of chance, for timing only")
+                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
     verb.add_argument("--blocks", type=spelled(parse_count), default=4, metavar="N",
                       help="interleaved repetitions; the interval comes from them (default: 4)")
     verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
@@ -141,7 +142,7 @@ def _tune(verbs: Verbs) -> None:
                       help="default: 512,1k,4k")
     verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="90s, 2m (default: 120s)")
     verb.add_argument("--workload", choices=LOADS, default="prose",
-                      help="shipped held-out text (default: prose), or random: ids and KV of chance, for timing only")
+                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
     verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
@@ -240,7 +241,7 @@ def _placement(verb: Parser) -> None:
 def choose_model(verb: Parser) -> None:
     """Which model, where and how."""
     group = verb.add_argument_group("model", "default: the engine in use, else the shipped pair")
-    group.add_argument("--model", metavar="MODEL", help="demo (the shipped pair), a folder or a hub name")
+    group.add_argument("--model", metavar="MODEL", help="demo (the shipped pair), needle, a folder or a hub name")
     _placement(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
 
 

@@ -97,6 +97,8 @@ def _checkpoints(lab: Lab) -> tuple[str, str | None]:
     model, draft = lab.source
     if model == "demo":
         return str(DEMO / "target"), draft or str(DEMO / "draft")
+    if model == "needle":
+        return str(DEMO / "needle"), draft
     return model, draft
 
 

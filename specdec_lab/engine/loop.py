@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -251,7 +251,7 @@ class OpenSession:
     def _rounds(self, chooser: Choose, fixed: SpecConfig | None) -> Iterator[StepRecord]:
         session, clock = self._session, self._clock
         self._engine.threads.forget_old()
-        observe = getattr(chooser, "observe", None)
+        observe, take_note = getattr(chooser, "observe", None), getattr(chooser, "take_note", None)
         if self._used:
             session.rewind()
         self._used = True
@@ -263,9 +263,12 @@ class OpenSession:
                 yield from _paused(clock, prefilled)
             while session.live:
                 config = fixed or _parse(chooser(session.live, session.mean_length))
+                note = take_note() if take_note is not None else None
                 if fixed is None:
                     session.check(config)
                 step = session.round(config)
+                if note:
+                    step = replace(step, flags=(*step.flags, note))
                 if observe is not None:
                     observe(step)
                 yield from _paused(clock, step)

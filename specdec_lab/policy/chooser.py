@@ -1,19 +1,18 @@
 """A policy at work: one object per generation that answers round by round, switches rarely, and watches acceptance.
 
 Lookup is pure; all state is here. Switching costs (graphs, tiers, caches), so a change needs a gain and a dwell time;
-a draft whose acceptance does not pay on this text is put aside and tried again at growing intervals.
+a draft whose acceptance does not pay on this text is put aside and tried again at growing intervals. Meanwhile the best
+other draft of the place runs, if one is expected to gain, else plain decoding.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 
-from ..records import SpecConfig, StepRecord
+from ..records import FELL_BACK, SpecConfig, StepRecord
+from .guard import AcceptanceGuard
 from .lookup import OFF, Choice, Grid, Rules, batch_bucket, break_even, choose
-
-MAX_BACKOFF = 16  # cooldowns grow up to this factor
 
 
 class PolicyMismatch(UserWarning):
@@ -30,7 +29,10 @@ class Chooser:
         self._current = OFF
         self._dwell: int | None = None  # rounds since the last switch; None before the first answer
         self._bucket, self._length = -1, 0.0  # where the last look was
-        self._guard = _AcceptanceGuard(rules)
+        self._guard = AcceptanceGuard(rules.guard)
+        self._instead, self._second = OFF, AcceptanceGuard(rules.guard)  # what runs while the answer rests, and its guard
+        self._failed: set[str] = set()  # what was put aside since the answer was
+        self._note = ""
         self._here = (1, 0.0)
         if refused:
             warnings.warn(f"policy not used, decoding plainly: {refused}", PolicyMismatch, stacklevel=3)
@@ -50,13 +52,55 @@ class Chooser:
         if self._is_due(batch, mean_length):
             self._look(batch, mean_length)
         self._guard.tick()
-        return self._configs[OFF if self._guard.is_resting else self._current]
+        return self._configs[self._running]
+
+    @property
+    def _running(self) -> str:
+        return self._instead if self._guard.is_resting else self._current
 
     def observe(self, step: StepRecord) -> None:
-        """Feed a finished round to the guard."""
-        if self._refused or step.kind != "round" or step.config != self._current or step.config == OFF:
+        """Feed a finished round to the guard; a draft that does not pay is put aside from the next round on."""
+        if self._refused or step.kind != "round" or step.config != self._running or step.config == OFF:
             return
-        self._guard.observe(step, break_even(self._grid, self._rules, *self._here, self._current))
+        guard = self._second if self._guard.is_resting else self._guard
+        needed = break_even(self._grid, self._rules, *self._here, step.config)
+        if guard.observe(step, needed, self._configs[step.config].depth):
+            self._fall_back(step.config, guard)
+
+    def take_note(self) -> str | None:
+        """Once, after a fall-back: what happened, as a flag of the first round of what runs now."""
+        note, self._note = self._note, ""
+        return note or None
+
+    def _fall_back(self, failed: str, guard: AcceptanceGuard) -> None:
+        if guard is self._guard:
+            self._failed.clear()
+        self._failed.add(failed)
+        self._instead = self._other(self._configs[failed], guard.mean)
+        if guard is self._guard:
+            guard.rest()
+        self._second.forget()
+        self._note = f"{FELL_BACK} from {failed}"
+
+    def _other(self, failed: SpecConfig, gained: float) -> str:
+        """The best other draft of this place, n-gram first, since it costs nothing where it finds nothing; else `off`.
+
+        A shorter tree of the same drafter counts only if what was accepted lately, `gained` tokens a round, would pay it.
+        """
+        values = choose(self._grid, self._rules, *self._here).values
+        enough = math.log(self._rules.min_speedup)
+
+        def may_gain(name: str) -> bool:
+            config = self._configs[name]
+            if name in self._failed or config.is_off or values[name] < enough:
+                return False
+            if config.drafter != failed.drafter:
+                return True
+            needed = break_even(self._grid, self._rules, *self._here, name)
+            return config.depth < failed.depth and needed is not None and min(gained, config.depth + 1) >= needed
+
+        gaining = [name for name in values if may_gain(name)]
+        return max(gaining, key=lambda name: (self._configs[name].drafter == "ngram", values[name]), default=OFF)
 
     def _is_due(self, batch: int, length: float) -> bool:
         if self._dwell is None or batch_bucket(self._grid, batch) != self._bucket:
@@ -71,6 +115,7 @@ class Chooser:
                 return
             self._current, self._dwell = choice.config, 0
             self._guard.forget()
+            self._second.forget()
         self._dwell = self._dwell or 0
         self._bucket, self._length = batch_bucket(self._grid, batch), length
 
@@ -85,44 +130,3 @@ class Chooser:
     def _may_switch(self, choice: Choice) -> bool:
         forced = self._current not in choice.values
         return self._dwell is None or forced or self._dwell >= self._rules.hysteresis.min_dwell_steps
-
-
-class _AcceptanceGuard:
-    """Rolling tokens per row and round against the break-even of the running configuration."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules.guard
-        self._window: deque[float] = deque(maxlen=self._rules.window_steps)
-        self._needed = self._rules.window_steps
-        self.is_resting = False  # whether the draft is put aside in the coming round
-        self._rest, self._backoff = 0, 1  # rounds of rest to come; factor of the next rest
-
-    def forget(self) -> None:
-        """Another configuration runs: what was seen says nothing about it."""
-        self._window.clear()
-        self._needed = self._rules.window_steps
-        self._rest, self._backoff = 0, 1
-
-    def tick(self) -> None:
-        """A round begins."""
-        self.is_resting = self._rest > 0
-        self._rest = max(self._rest - 1, 0)
-
-    def observe(self, step: StepRecord, needed: float | None) -> None:
-        """Take a round; start a rest when a full window stays below `needed` tokens minus the margin."""
-        yields = [a + 1 for a, cut, on in zip(step.accepted, step.censored, step.live, strict=True) if on and not cut]
-        if not yields or needed is None:
-            return
-        self._window.append(sum(yields) / len(yields))
-        if len(self._window) < self._needed:
-            return
-        if sum(self._window) / len(self._window) < needed - self._rules.margin:
-            self._start_rest()
-        elif self._needed < self._rules.window_steps:  # a probe went well: judge by full windows again
-            self._needed, self._backoff = self._rules.window_steps, 1
-
-    def _start_rest(self) -> None:
-        self._rest = self._rules.cooldown_steps * self._backoff
-        self._backoff = min(2 * self._backoff, MAX_BACKOFF)
-        self._window.clear()
-        self._needed = max(1, self._rules.window_steps // 8)  # a probe is short: it is expected to lose

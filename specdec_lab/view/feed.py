@@ -16,6 +16,7 @@ from typing import Any
 
 from ..records import RunHeader, StepRecord
 from ..summary import Comparison
+from .events import event_words
 from .rows import COLUMNS, COUNT, SEGMENT, STEP, Row, at_most, halve, pack, row_of
 from .tally import Tally
 
@@ -70,6 +71,7 @@ class Feed:
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
     header: RunHeader | None = None
     last_step: StepRecord | None = None
+    events: list[str] = field(default_factory=list)  # what happened besides rounds, in words, oldest first
     _recent: deque[Row] = field(default_factory=deque)
     _older: list[Row] = field(default_factory=list)
     _segments: dict[int, Segment] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Feed:
             segment.prefill_ms += step.wall_s * 1e3
             return
         segment.rounds += 1
+        self.events += event_words(step)
         self._keep(row_of(step, self.num_steps, segment.number))
         self.num_steps += 1
         self._tally_of(header, step).add(step)

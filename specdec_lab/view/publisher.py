@@ -114,8 +114,11 @@ class Publisher(threading.Thread):
     def _drain(self) -> None:
         events = self._shown.events
         while events:
+            known = len(self.feed.events)
             self.feed.add(*events.popleft())
             self.num_drained += 1
+            for words in self.feed.events[known:]:
+                self.note(words)
         comparisons = self._shown.take_comparisons()
         if comparisons:
             self.feed.set_speedups(comparisons)
@@ -157,6 +160,7 @@ class Publisher(threading.Thread):
         }
         if header is not None:
             meta |= _place(header, self.feed.last_step)
+            meta["event"] = self.feed.events[-1] if self.feed.events else ""
         if everything or header is not self._about:
             self._about = header
             title = titled(shown.title, header.labels if header else ())
@@ -176,6 +180,7 @@ class Publisher(threading.Thread):
             words += [forced] if (forced := forced_label(feed.header.labels)) else []
             words.append(f"round {feed.num_steps:,}, context {place['context']:,}")
             words += [f"{tally.tokens_per_s:,.1f} tokens/s"] if tally else []
+            words += feed.events[-1:]
         return " · ".join([*words, f"{self._clock() - self._begun:.0f} s"])
 
     def _write_line(self, line: TextIO) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..records import Run, RunHeader, forced_label
 from ..summary import Comparison, compare
+from .events import event_words
 from .figures import acceptance_per_position, step_strip, titled
 from .heatmap import HeatCell, HeatmapData, speedup_heatmap
 from .svg import XMLNS, acceptance_svg, strip_svg
@@ -104,10 +105,13 @@ def _pictures(runs: Sequence[Run]) -> Iterable[str]:
     shown = dict(list(groups.items())[:MAX_PICTURES])
     points = max(24, min(240, PICTURE_BYTES // (BYTES_PER_POINT * max(1, len(shown)))))
     for (cell, config), members in shown.items():
+        events = "".join(f"<li>{escape(line)}</li>" for run in members for step in run.rounds for line in event_words(step))
         strip = strip_svg(step_strip(members, points), ink="currentColor")
         bars = "" if config == "off" else acceptance_svg(acceptance_per_position(members), ink="currentColor")
         pictures = f"{strip}{bars}".replace(XMLNS, "")  # inline pictures need no name space, so no address is left
         yield f'<h3>{cell} {escape(config)}</h3><div class="pair">{pictures}</div>'
+        if events:
+            yield f"<p>The policy put drafts aside that stopped paying:</p><ul>{events}</ul>"
     if len(groups) > len(shown):
         yield f"<p>{len(groups) - len(shown)} more are in the table above; their pictures are left out for size.</p>"
 

@@ -21,7 +21,7 @@ from .parallel import ParallelError, Placement, ShardedWeights, shard_config
 from .runner import Runner, shape_of, weights_fingerprint
 
 DEMO = Path(__file__).parents[2] / "demo"
-DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M"}
+DEMO_NAMES = {DEMO / "target": "demo-2M", DEMO / "draft": "demo-0.4M", DEMO / "needle": "needle"}
 
 
 class ModelNotFound(ValueError):
@@ -55,9 +55,9 @@ def load(
 ) -> ModelPair:
     """The pair to speculate with.
 
-    model, draft  "demo" (the shipped pair), a folder, a hub name, or a transformers causal LM; "random:NAME" has the sizes of
-                  a published model and random weights, for timing: llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or
-                  (to try commands) tiny and tiny-draft
+    model, draft  "demo" (the shipped pair), "needle" (the retrieval model, shipped without a draft), a folder, a hub name, or a
+                  transformers causal LM; "random:NAME" has the sizes of a published model and random weights, for timing:
+                  llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or (to try commands) tiny and tiny-draft
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)
@@ -81,6 +81,11 @@ def load(
             raise ModelNotFound("the shipped pair is missing from this installation; reinstall specdec_lab, or train it with "
                                 "`python -m specdec_lab.demo.train_demo target` and then `draft`")
         name, model, draft = "demo", DEMO / "target", DEMO / "draft" if draft is None else draft
+    elif isinstance(model, str) and model == "needle":
+        if not (DEMO / "needle" / "model.safetensors").exists():
+            raise ModelNotFound("the needle model is missing from this installation; reinstall specdec_lab, or train it with "
+                                "`python -m specdec_lab.demo.train_needle`")
+        name, model = "needle", DEMO / "needle"
     else:
         name = model if isinstance(model, str) else Path(model).name if isinstance(model, Path) else type(model).__name__
     placement = Placement.of(tensor_parallel, shard, place)

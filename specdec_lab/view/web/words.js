@@ -25,6 +25,7 @@ function placeWords(meta) {
   const parts = [
     ["cell", meta.cell], ["config", meta.config], ["block", meta.block ?? undefined], ["back end", meta.backend],
     ["round", whole(meta.steps ?? 0)], ["context", `${whole(meta.context ?? 0)} tokens`], ["elapsed", duration(meta.elapsed ?? 0)],
+    ["policy", meta.event || undefined],
   ];
   return parts.filter(([, value]) => value !== undefined).map(([name, value]) => {
     const item = make("span", "sd-fact", null, `${name} `);
