@@ -6,6 +6,7 @@ All worlds are synthetic (world.py). A worker's world runs in its process, with 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from specdec_lab import cli
+from specdec_lab.commands.tuning import worker_words
+from specdec_lab.policy import Policy
 from specdec_lab.records import Cell, SpecConfig
-from specdec_lab.tune import Database, Protocol, WorkerCannotStart, tune
+from specdec_lab.tune import Database, Protocol, WorkerCannotStart, read_file, tune
 from specdec_lab.tune.workers import Inline, Instrument, Lease, Processes, WorkerLost, WorkItem
 from world import IDENTITY, OFF, QUICK, World, small_plan, spec
 
@@ -234,3 +238,37 @@ def test_an_item_keeps_its_order_and_a_dead_worker_is_replaced_by_the_next_item(
 def test_a_lease_is_three_times_the_prediction_and_half_a_minute():
     assert Lease().seconds(10.0) == 60.0
     assert Lease().seconds(None) > 600, "nothing is known of a first run: prompts are read, kernels compiled"
+
+
+# The command
+
+
+def test_tune_measures_the_shipped_pair_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "tune --batches 1 --lengths 64,96 --budget 3s --db db --run first --devices cpu"
+    assert cli.main(words.split()) in (0, 3, 4)
+    assert Policy.load("policy.json").header["workers"] == ["w0@cpu"]
+    records = [m for path in Path("db").rglob("*.jsonl") for m in read_file(path).measurements]
+    assert {m.worker for m in records} == {"w0@cpu"}
+    assert any(m.status == "ok" and m.config != "off" for m in records)
+    assert not [m for m in records if m.status in ("crashed", "timeout")]
+    assert "policy: policy.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("devices", "why"), [
+    ("cpu,cpu", "needs different names"), ("", "needs different names"), ("cpu:0,cpu:1", "would disturb each other's timings"),
+    ("cuda:77", "torch sees .* here, not cuda:77"), ("tpu", "cannot start: .*tpu"),
+])  # fmt: skip
+def test_devices_that_cannot_measure_are_refused_with_a_reason(tmp_path, monkeypatch, capsys, devices, why):
+    monkeypatch.chdir(tmp_path)
+    words = "tune --batches 1 --lengths 64 --budget 1s --db db --run first"
+    assert cli.main([*words.split(), "--devices", devices]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(why, error)
+
+
+def test_the_plan_says_how_many_workers_it_will_use():
+    assert worker_words((), 0) == worker_words((), 1) == "workers: 1, this process"
+    assert "2 GPUs are attached: --devices cuda:0,cuda:1 measures 2 cells at a time" in worker_words((), 2)
+    assert worker_words(("cuda:0", "cuda:1"), 2).startswith("workers: 2, one process each on cuda:0, cuda:1")

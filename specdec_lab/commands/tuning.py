@@ -84,6 +84,9 @@ def _devices(words: str | None) -> tuple[str, ...]:
             f"--devices {words}: workers side by side need a GPU each, by number, for example cuda:0,cuda:1; on one CPU they "
             "would disturb each other's timings"
         )
+    known = [f"cuda:{i}" for i in range(_num_gpus())] if names else []
+    if strange := [name for name in names if name.startswith("cuda:") and name not in known]:
+        raise UserMistake(f"--devices {words}: torch sees {', '.join(known) or 'no GPU'} here, not {', '.join(strange)}")
     return names
 
 
@@ -107,7 +110,7 @@ def _num_gpus() -> int:
 def worker_words(devices: tuple[str, ...], num_gpus: int) -> str:
     """How many workers measure, and what would use the other GPUs."""
     if devices:
-        return f"workers: {len(devices)}, one process each on {', '.join(devices)}"
+        return f"workers: {len(devices)}, one process each on {', '.join(devices)}, beside this process's own copy of the model"
     if num_gpus < 2:
         return "workers: 1, this process"
     everything = ",".join(f"cuda:{i}" for i in range(num_gpus))

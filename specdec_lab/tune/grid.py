@@ -112,7 +112,7 @@ class Plan:
         return self.cells[: max(self.cells.index(cell) - self.lanes + 1, 0)]
 
     def share_s(self, seconds_left: float, cells_left: int) -> float:
-        """What the next cell may take."""
+        """What the next cell may take, of `cells_left` that wait, itself counted."""
         return seconds_left / max(math.ceil(cells_left / self.lanes), 1)
 
     @property

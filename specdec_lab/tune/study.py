@@ -184,8 +184,7 @@ class _Tuner:
         return None
 
     def _visit(self, cell: Cell) -> None:
-        open_cells = sum(c not in self._states for c in self._plan.cells)
-        share = self._plan.share_s(max(self._left() - self._plan.fill_s, 0.0), open_cells)
+        share = self._plan.share_s(max(self._left() - self._plan.fill_s, 0.0), len(self._waiting) + 1)
         protocol, begun = self._plan.protocol, self._set.clock()
         self._race_s[cell] = protocol.race_seconds(share)
         plain = self._runner.prepare(cell, self._race_s[cell])

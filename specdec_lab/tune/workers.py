@@ -259,6 +259,7 @@ class _Worker:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         self.end()
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        lines = [line for line in lines if line.strip(" ^~")]
         words = " | ".join(line.strip() for line in lines[-LAST_WORDS:])
         return f"{how}: {words}" if words and code is not None and code >= 0 else how
 
