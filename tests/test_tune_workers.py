@@ -18,7 +18,7 @@ from specdec_lab import cli
 from specdec_lab.commands.tuning import worker_words
 from specdec_lab.policy import Policy
 from specdec_lab.records import Cell, SpecConfig
-from specdec_lab.tune import Database, Protocol, WorkerCannotStart, read_file, tune
+from specdec_lab.tune import Database, Protocol, WorkerCannotStart, read_file, tune, verify
 from specdec_lab.tune.workers import Inline, Instrument, Lease, Processes, WorkerLost, WorkItem
 from world import IDENTITY, OFF, QUICK, World, small_plan, spec
 
@@ -161,6 +161,39 @@ def test_a_stop_ends_all_workers_between_blocks_and_the_run_can_be_resumed(tmp_p
     assert len({m.key for m in after if m.config != "off"}) == len([m for m in after if m.config != "off"]), "nothing twice"
 
 
+def test_an_interrupt_ends_all_workers_after_their_blocks_and_keeps_what_they_measured(tmp_path):
+    plan = small_plan(batches=(1, 2), lengths=(512, 2048), drafters=("ngram",), protocol=QUICK, lanes=2)
+    told = []
+
+    def report(progress):
+        told.append(progress)
+        if len(told) == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with Processes(Synthetic(), ("cpu:0", "cpu:1"), BASE, tmp_path, SHORT) as workers:
+        policy, records = tuned(tmp_path, workers, plan, report=report)
+    assert "interrupted" in policy.header["labels"]
+    assert {m.status for m in records} == {"ok"}
+    finished = [p for p in told if p.status == "ok"]
+    assert len(finished) == len([m for m in records if m.design.pair_of]), "every finished block is there"
+    assert len(told) < 40
+    assert verify(tmp_path / "run" / "run" / "policy.json", tmp_path / "run" / "db" / "TEST_CPU_2t") == ()
+
+
+def test_a_fault_of_one_worker_ends_the_run_and_is_raised(tmp_path):
+    plan = small_plan(batches=(1, 2), lengths=(512, 2048), drafters=("ngram",), protocol=QUICK, lanes=2)
+    with Processes(Synthetic(), ("cpu:0", "cpu:1"), BASE, tmp_path, SHORT) as workers:
+
+        def report(progress):
+            assert progress.cell != plan.cells[1] or progress.block == 0, "a fault of the program"
+
+        with pytest.raises(AssertionError, match="a fault of the program"):
+            tuned(tmp_path, workers, plan, report=report)
+        expected, _ = inline(plan, tmp_path)
+        resumed, _ = tuned(tmp_path, workers, plan)
+    assert decisions(resumed) == decisions(expected), "no cell was closed too early"
+
+
 # Trouble
 
 
@@ -245,7 +278,7 @@ def test_a_lease_is_three_times_the_prediction_and_half_a_minute():
 
 def test_tune_measures_the_shipped_pair_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = "tune --batches 1 --lengths 64,96 --budget 3s --db db --run first --devices cpu"
+    words = "tune --batches 1 --lengths 64 --budget 2s --db db --run first --devices cpu"
     assert cli.main(words.split()) in (0, 3, 4)
     assert Policy.load("policy.json").header["workers"] == ["w0@cpu"]
     records = [m for path in Path("db").rglob("*.jsonl") for m in read_file(path).measurements]

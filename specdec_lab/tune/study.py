@@ -121,7 +121,7 @@ class _Tuner:
         self._race_s: dict[Cell, float] = {}
         self._race_blocks: dict[Cell, int] = {}
         self._waiting = [cell for cell in plan.cells if cell not in self._states]
-        self.interrupted = self._is_broken = False
+        self.interrupted = False
 
     @property
     def _deadline(self) -> float:
@@ -132,7 +132,7 @@ class _Tuner:
 
     def _is_over(self) -> bool:
         self.interrupted = self.interrupted or self._stop_asked()
-        return self.interrupted or self._is_broken or self._left() <= 0
+        return self.interrupted or self._left() <= 0
 
     def run(self) -> None:
         """Visit the cells, then measure the winners of some in the others."""
@@ -150,7 +150,7 @@ class _Tuner:
                 try:
                     work(worker)
                 except BaseException:
-                    self._is_broken = True
+                    self.interrupted = True  # the others finish their blocks
                     raise
                 finally:
                     self._executor.turn.notify_all()
@@ -164,7 +164,7 @@ class _Tuner:
             try:
                 wait(jobs)
             except KeyboardInterrupt:
-                self.interrupted = True  # every worker finishes its block
+                self.interrupted = True
                 wait(jobs)
         for job in jobs:
             job.result()
