@@ -11,7 +11,7 @@ from builders import off_step, prefill_step, round_step
 from specdec_lab.records import Cell, UnsupportedConfig
 from specdec_lab.tune import Plan, Protocol, candidates, make_plan
 from specdec_lab.tune.assemble import CellEvidence
-from specdec_lab.tune.blocks import first_difference, log_speedup, measure_block, run_once, summarize_runs
+from specdec_lab.tune.blocks import Block, first_difference, log_speedup, order_of, run_once, sides, summarize_runs
 from specdec_lab.tune.db import Design, Measurement
 from specdec_lab.tune.duel import finalist, verdict
 from specdec_lab.tune.grid import starting_points
@@ -101,7 +101,9 @@ def test_the_statistic_is_tokens_over_time_of_the_scored_rounds():
             return (off_step() for _ in range(20))
         return (round_step((1, 3), config=str(config), scale=2.0) for _ in range(20))
 
-    block = measure_block(measure, Cell(2, 512), spec("self:4+60/chain3"), 0.0, Protocol(), lambda: 0.0, 0)
+    order, cell = order_of(0), Cell(2, 512)
+    configs = sides(order, spec("self:4+60/chain3"))
+    block = Block.of(order, [run_once(measure, cell, config, 0.0, Protocol(), lambda: 0.0) for config in configs])
     plain, round_s = off_step().wall_s, round_step(scale=2.0).wall_s
     value, error = log_speedup(block)
     assert value == pytest.approx(math.log(6 / round_s / (2 / plain)))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from ..policy import Policy
 from ..records import Cell, fingerprint
-from ..tune import SNAPKV_BUDGETS, Database, Plan, ProbePlan, Progress, Protocol, find_database, make_plan, tune
+from ..tune import SNAPKV_BUDGETS, Database, Plan, ProbePlan, Processes, Progress, Protocol, find_database, make_plan, tune
 from ..tune.assemble import refuse_forced
 from ..tune.folder import RunFolder
 from ..workload import Sampling, Workload
+from .recipe import EngineRecipe
 from .sessions import Sessions
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """A tuning that is ready to run. Running it again resumes where it stopped."""
+    """A tuning that is ready to run. Running it again resumes where it stopped.
+
+    recipe, devices  of worker processes, one per device; without devices the engine itself is measured, in this process
+    """
 
     engine: Engine
     plan: Plan
@@ -38,6 +42,8 @@ class Tuning:
     temperature: float
     seed: int
     allow_forced: bool = False
+    recipe: EngineRecipe | None = None
+    devices: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise now what would end the run: a database or folder that cannot be written, another plan, another tuner."""
@@ -49,9 +55,19 @@ class Tuning:
     def run(
         self, report: Callable[[Progress], None] = lambda progress: None, stop: Callable[[], bool] = lambda: False
     ) -> Policy:
-        """Measure and return the policy; an interrupt or `stop()` ends it early with everything recorded."""
+        """Measure and return the policy; an interrupt or `stop()` ends it early with everything recorded.
+
+        raises  WorkerCannotStart where a device's process ended before it could measure
+        """
+        if self.recipe is None:
+            return self._tune(self.sessions, report, stop)
+        base = self.engine.identity().base_fingerprint
+        with Processes(self.recipe, self.devices, base, self.run_dir / "workers") as workers:
+            return self._tune(workers, report, stop)
+
+    def _tune(self, measure: Sessions | Processes, report: Callable[[Progress], None], stop: Callable[[], bool]) -> Policy:
         return tune(
-            self.plan, self.sessions, self.engine.identity(), self.database, run_dir=self.run_dir, workload=self.workload,
+            self.plan, measure, self.engine.identity(), self.database, run_dir=self.run_dir, workload=self.workload,
             temperature=self.temperature, seed=self.seed, report=report, stop=stop,
             allow_forced=self.allow_forced,
         )
@@ -61,7 +77,7 @@ def prepare(
     engine: Engine, batches: Sequence[int], lengths: Sequence[int], budget_s: float, *, workload: str = "prose",
     texts: Callable[[Cell], Workload] | None = None, database: str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None, sampling: Sampling | None = None, protocol: Protocol | None = None,
-    allow_forced: bool = False,
+    allow_forced: bool = False, recipe: EngineRecipe | None = None, devices: Sequence[str] = (),
 ) -> Tuning:
     """A tuning of this engine; nothing is measured or written yet.
 
@@ -69,7 +85,10 @@ def prepare(
     database  where measurements go; found as `specdec_lab.tune.find_database` does when left out
     allow_forced  write a policy although acceptance is forced
     run_dir   when left out, one made from what is tuned, so that the same call resumes
+    recipe    makes this engine again in a process of each of `devices`, which measure cells side by side
     """
+    if (recipe is None) != (not devices):
+        raise ValueError("workers need both a recipe and devices")
     sampling = sampling or {}
     sessions = Sessions(engine, texts or workload, sampling=sampling)
     identity, pair = engine.identity(), engine.pair
@@ -77,6 +96,7 @@ def prepare(
     plan = make_plan(
         batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol,
         snapkv=SNAPKV_BUDGETS if has_lists else (), probe=ProbePlan(),
+        lanes=max(len(devices), 1),
     )  # fmt: skip
     draft = pair.draft.name if pair.draft else "model"
     temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed", 0)
@@ -85,5 +105,5 @@ def prepare(
     return Tuning(
         engine, plan, sessions, Database(find_database(database).path, identity, Path(pair.name).name, draft),
         Path(run_dir) if run_dir else folder, workload, temperature, seed,
-        allow_forced,
+        allow_forced, recipe, tuple(devices),
     )

@@ -48,6 +48,7 @@ class Lab:
 
     variables  the notebook's names, where `load --as NAME` puts the engine; None in a shell
     source     the model and the draft that the engine in use was loaded from, as the user named them
+    placement  how and where it was loaded, likewise; backend_name: the back end asked for
     background what was started in this notebook, by verb
     """
 
@@ -60,6 +61,8 @@ class Lab:
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.engine: Engine | None = None
         self.source: tuple[str, str | None] = ("demo", None)
+        self.placement: dict[str, str] = {}
+        self.backend_name = "auto"
         self.policy: Policy | None = None
         self.background: dict[str, Background] = {}
 
@@ -99,10 +102,11 @@ class Lab:
         with asked():
             from ..engine.loop import Engine
 
-            placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
+            self.placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
+            self.backend_name = wanted.get("backend", "auto")
             self.source = wanted.get("model", "demo"), wanted.get("draft")
-            pair = self._load(*self.source, **placement)
-            return Engine(pair, wanted.get("backend", "auto"), forced=wanted.get("forced_acceptance"))
+            pair = self._load(*self.source, **self.placement)
+            return Engine(pair, self.backend_name, forced=wanted.get("forced_acceptance"))
 
     def check_idle(self, name: str) -> None:
         """Refuse to measure while another verb measures in the background; the same verb replaces its earlier run."""

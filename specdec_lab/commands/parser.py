@@ -146,6 +146,8 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
+    verb.add_argument("--devices", metavar="NAME,...",
+                      help="measure cells side by side, a process per device: cuda:0,cuda:1 (default: this process alone)")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
     verb.add_argument("--allow-forced", action="store_true", help="write a policy although acceptance is forced")
     sampling_options(verb)

@@ -18,9 +18,11 @@ from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
 from .probe import ProbePlan
 from .shelf import Location, Merged, describe, find_database, locations, merge
 from .study import Progress, tune
+from .workers import Executor, Inline, Instrument, Lease, Processes, WorkerCannotStart
 
 __all__ = [
-    "SNAPKV_BUDGETS", "Composition", "Database", "DatabaseError", "Design", "Location", "Measure", "Measurement", "Merged",
-    "Plan", "PlanChanged", "ProbePlan", "Progress", "Protocol", "candidates", "compose", "describe", "find_database",
-    "locations", "make_plan", "merge", "read_file", "tune", "verify",
+    "SNAPKV_BUDGETS", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument", "Lease",
+    "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress", "Protocol",
+    "WorkerCannotStart", "candidates", "compose", "describe", "find_database", "locations", "make_plan", "merge", "read_file",
+    "tune", "verify",
 ]  # fmt: skip

@@ -44,6 +44,13 @@ class Block:
     plain: tuple[RunSample, RunSample]
     candidate: tuple[RunSample, RunSample]
 
+    @classmethod
+    def of(cls, order: str, runs: Sequence[RunSample]) -> Block:
+        """From runs in this order."""
+        a, b = (run for side, run in zip(order, runs, strict=True) if side == "A")
+        c, d = (run for side, run in zip(order, runs, strict=True) if side == "B")
+        return cls(order, (a, b), (c, d))
+
     @property
     def runs(self) -> tuple[RunSample, ...]:
         """All four."""
@@ -61,16 +68,14 @@ class Block:
         return tuple(dict.fromkeys(label for run in self.runs for label in run.labels))
 
 
-def measure_block(
-    measure: Measure, cell: Cell, config: SpecConfig, seconds: float, protocol: Protocol, clock: Clock, index: int
-) -> Block:
-    """Four runs of about `seconds` each; even blocks start with plain decoding, odd ones with the candidate."""
-    order = "BAAB" if index % 2 else "ABBA"
-    runs: dict[str, list[RunSample]] = {"A": [], "B": []}
-    for side in order:
-        runs[side].append(run_once(measure, cell, OFF if side == "A" else config, seconds, protocol, clock))
-    (a, b), (c, d) = runs["A"], runs["B"]
-    return Block(order, (a, b), (c, d))
+def order_of(index: int) -> str:
+    """Even blocks start and end with plain decoding, odd ones with the candidate."""
+    return "BAAB" if index % 2 else "ABBA"
+
+
+def sides(order: str, config: SpecConfig) -> tuple[SpecConfig, ...]:
+    """What runs in a block of this order."""
+    return tuple(OFF if side == "A" else config for side in order)
 
 
 def run_once(measure: Measure, cell: Cell, config: SpecConfig, seconds: float, protocol: Protocol, clock: Clock) -> RunSample:

@@ -45,7 +45,8 @@ class DatabaseError(OSError):
 class Design:
     """Where a measurement stands in its experiment.
 
-    order  of the runs in the block: ABBA starts and ends with plain decoding, BAAB with the candidate
+    order     of the runs in the block: ABBA starts and ends with plain decoding, BAAB with the candidate
+    retry_of  id of the record of the attempt that lost its worker
     """
 
     block: int = 0
@@ -53,6 +54,7 @@ class Design:
     pair_of: str | None = None  # id of the plain run of the same block
     seed: int = 0
     prompts: str = ""
+    retry_of: str | None = None
 
 
 Key = tuple[str, str, float, str, str, str, int]

@@ -80,6 +80,8 @@ class Plan:
     """What will be tuned: cells in the order of measuring, candidates of each (`off` is always measured beside them).
 
     probe  how a cell's parts are measured before its search, so that trees can be composed from them; None = not at all
+    lanes  cells that may be tuned side by side. A cell starts from the winners of those at least this far before it, so the
+           policy depends on this number, and neither on the number of workers nor on which of them is done first
     """
 
     cells: tuple[Cell, ...]
@@ -88,10 +90,13 @@ class Plan:
     infeasible: Mapping[Cell, str] = field(default_factory=dict)
     protocol: Protocol = field(default_factory=Protocol)
     probe: ProbePlan | None = None
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:
             raise ValueError(f"Plan.budget_s must be above 0, got {self.budget_s}")
+        if self.lanes < 1:
+            raise ValueError(f"Plan.lanes must be at least 1, got {self.lanes}")
         if len(set(self.cells)) != len(self.cells):
             raise ValueError("Plan.cells holds a cell twice")
         if empty := [str(cell) for cell in self.cells if not self.configs.get(cell)]:
@@ -102,9 +107,13 @@ class Plan:
         """Feasible and infeasible cells, sorted."""
         return tuple(sorted((*self.cells, *self.infeasible)))
 
+    def before(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells that are finished before this one starts."""
+        return self.cells[: max(self.cells.index(cell) - self.lanes + 1, 0)]
+
     def share_s(self, seconds_left: float, cells_left: int) -> float:
-        """What the next cell may take."""
-        return seconds_left / max(cells_left, 1)
+        """What the next cell may take, of `cells_left` that wait, itself counted."""
+        return seconds_left / max(math.ceil(cells_left / self.lanes), 1)
 
     @property
     def fill_s(self) -> float:
@@ -119,14 +128,16 @@ class Plan:
             "infeasible": {str(cell): reason for cell, reason in self.infeasible.items()},
             "protocol": asdict(self.protocol),
             **({} if self.probe is None else {"probe": self.probe.to_dict()}),
+            **({} if self.lanes == 1 else {"lanes": self.lanes}),
         }
 
     def describe(self) -> str:
         """What `--dry-run` prints."""
         share = self.share_s(self.budget_s - self.fill_s, len(self.cells))
+        beside = f", {self.lanes} at a time," if self.lanes > 1 else ""
         race, duel = self.protocol.race_seconds(share), self.protocol.duel_seconds(share)
         lines = [
-            f"{len(self.cells)} cells in at most {self.budget_s:g} s: {share:.1f} s each"
+            f"{len(self.cells)} cells{beside} in at most {self.budget_s:g} s: {share:.1f} s each"
             + (f", {self.fill_s:.1f} s to measure winners in the other cells" if self.fill_s else ""),
             f"a block = 4 runs (plain, candidate, candidate, plain) of about {race:.2g} s, in the confirming duel "
             f"{duel:.2g} s, at least {self.protocol.min_rounds} rounds each",
@@ -174,12 +185,14 @@ def make_plan(
     snapkv: Sequence[int] = (),
     protocol: Protocol | None = None,
     probe: ProbePlan | None = None,
+    lanes: int = 1,
 ) -> Plan:
     """All cells of batches x lengths, cheapest first, each with every candidate of the loaded drafters.
 
     fits    a cell -> None, or the reason in words, with bytes, why it does not fit; asked before anything runs
     snapkv  budgets of the SnapKV views that `self` may draft through, where they lie below the length
     probe   measure parts first and compose trees from them
+    lanes   cells tuned side by side, see Plan
     """
     if not batches or not lengths:
         raise ValueError("a plan needs at least one batch and one length, for example --batches 1,4 --lengths 512,1k")
@@ -188,7 +201,7 @@ def make_plan(
     feasible = tuple(cell for cell in cells if reasons[cell] is None)
     configs = {cell: candidates(cell, drafters, windows, chains, snapkv) for cell in feasible}
     infeasible = {cell: reason for cell, reason in reasons.items() if reason is not None}
-    return Plan(feasible, configs, budget_s, infeasible, protocol or Protocol(), probe)
+    return Plan(feasible, configs, budget_s, infeasible, protocol or Protocol(), probe, lanes)
 
 
 def candidates(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,19 +19,22 @@ from .blocks import (
     OFF,
     Block,
     Clock,
-    Measure,
     RunSample,
     first_difference,
     log_speedup,
-    measure_block,
-    run_once,
+    order_of,
+    sides,
     summarize_runs,
 )
 from .db import Database, Design, Measurement, measurement_id
 from .grid import Protocol
 from .probe import parts_of
+from .workers import Executor, WorkerLost, WorkItem
 
 FINAL_FAILURES = ("infeasible", "oom", "mismatch")
+LOST = ("crashed", "timeout")
+FAILURES = (*FINAL_FAILURES, *LOST)
+MAX_LOSSES = 3  # of workers by one configuration in one cell; then it is left alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,70 +59,103 @@ class Setting:
 class BlockRunner:
     """Gives blocks of (cell, configuration), recorded or freshly measured; failures are records too."""
 
-    def __init__(self, measure: Measure, database: Database, setting: Setting) -> None:
-        self._measure, self._database, self._set = measure, database, setting
-        self._warm: dict[tuple[Cell, SpecConfig], dict[str, float]] = {}
-        self._patience = setting.protocol.busy_retries
+    def __init__(self, executor: Executor, database: Database, setting: Setting) -> None:
+        self._executor, self._database, self._set = executor, database, setting
+        self._warm: dict[tuple[Cell, SpecConfig, int], dict[str, float]] = {}
+        self._patience = dict.fromkeys(executor.names, setting.protocol.busy_retries)
         kinds = ("off", *setting.identity.drafters)
         base = setting.identity.base_fingerprint
         self._fp_of = {kind: f"{base}.{setting.identity.drafter_fingerprint(kind)}" for kind in kinds}
         self._failed: dict[tuple[Cell, str], Measurement] = {}
+        self._losses: Counter[tuple[Cell, str]] = Counter()
         for record in database:
-            if self.is_ours(record) and self._is_final(record):
-                self._failed[record.cell, record.config] = record
+            if self.is_ours(record):
+                self._remember_failure(record)
 
     def prepare(self, cell: Cell, seconds: float) -> Measurement:
         """Warm the cell up with plain decoding and record how fast that is; status says whether the cell can run."""
-        blank = self._blank(cell, OFF, "sentinel", 0)
-        known = self._database.find(blank.key)
-        try:
+
+        def work(blank: Measurement) -> Measurement:
             warm = self._warm_up(cell, OFF)
+            known = self._database.find(blank.key)
             if known is not None and known.status == "ok":
                 return known
-            sample = run_once(self._measure, cell, OFF, 2 * seconds, self._set.protocol, self._set.clock)
-        except UnsupportedConfig as error:
-            return self._record(replace(blank, status="infeasible", reason=str(error)))
-        except MemoryError as error:
-            return self._record(replace(blank, status="oom", reason=str(error) or "out of memory"))
-        return self._record(replace(blank, summary=summarize_runs([sample]), warm=warm, env=self._env(sample.labels)))
+            (sample,) = self._run(cell, [OFF], 2 * seconds)
+            return self._record(replace(blank, summary=summarize_runs([sample]), warm=warm, env=self._env(sample.labels)))
+
+        return self._attempt(cell, OFF, "sentinel", 0, work)
 
     def block(self, cell: Cell, config: SpecConfig, kind: str, index: int, seconds: float) -> Measurement:
         """Block `index` of this kind: the recorded one, or four runs of about `seconds` each."""
+        return self._known(cell, config, kind, index) or self._attempt(
+            cell, config, kind, index, lambda blank: self._fresh(blank, cell, config, seconds)
+        )
+
+    def probe(self, cell: Cell, config: SpecConfig, seconds: float) -> Measurement:
+        """One run on its own for its parts: up to three records, of which the first is returned, or why there are none."""
+
+        def work(blank: Measurement) -> Measurement:
+            warm = self._warm_up(cell, config)
+            (sample,) = self._run(cell, [config], seconds)
+            return self._record_parts(cell, config, sample, warm)
+
+        return self._known(cell, config, "verify", 0) or self._attempt(cell, config, "verify", 0, work)
+
+    def _known(self, cell: Cell, config: SpecConfig, kind: str, index: int) -> Measurement | None:
+        """What is recorded of an experiment, or why it is not made."""
         if failed := self._failed.get((cell, str(config))):
             return failed
         blank = self._blank(cell, config, kind, index)
         known = self._database.find(blank.key)
         if known is not None and known.status == "ok":
             return known
-        try:
-            record = self._fresh(blank, cell, config, seconds)
-        except UnsupportedConfig as error:
-            record = self._record(replace(blank, status="infeasible", reason=str(error)))
-        except MemoryError as error:
-            record = self._record(replace(blank, status="oom", reason=str(error) or "out of memory"))
-        if record.status in FINAL_FAILURES:
-            self._failed[cell, str(config)] = record
-        return record
+        if larger_than := self._too_large(cell, config):
+            reason = f"not measured: {larger_than} ran out of memory here, with a view and a tree that are no larger"
+            return replace(blank, status="oom", reason=reason)
+        return None
 
-    def probe(self, cell: Cell, config: SpecConfig, seconds: float) -> Measurement:
-        """One run on its own for its parts: up to three records, of which the first is returned, or why there are none."""
-        if failed := self._failed.get((cell, str(config))):
-            return failed
-        blank = self._blank(cell, config, "verify", 0)
-        known = self._database.find(blank.key)
-        if known is not None and known.status == "ok":
-            return known
-        try:
-            warm = self._warm_up(cell, config)
-            sample = run_once(self._measure, cell, config, seconds, self._set.protocol, self._set.clock)
-        except UnsupportedConfig as error:
-            record = self._record(replace(blank, status="infeasible", reason=str(error)))
-        except MemoryError as error:
-            record = self._record(replace(blank, status="oom", reason=str(error) or "out of memory"))
-        else:
-            return self._record_parts(cell, config, sample, warm)
-        self._failed[cell, str(config)] = record
-        return record
+    def _too_large(self, cell: Cell, config: SpecConfig) -> str | None:
+        """The configuration that failed for memory in this cell and needs no more of it than this one."""
+        for (where, spelling), record in self._failed.items():
+            if where == cell and record.status == "oom" and _needs_no_more(SpecConfig.parse(spelling), config):
+                return spelling
+        return None
+
+    def _attempt(
+        self, cell: Cell, config: SpecConfig, kind: str, index: int, work: Callable[[Measurement], Measurement]
+    ) -> Measurement:
+        """What `work` records, or why it could not. With a lost worker it is done again by a fresh one, a few times."""
+        lost_id = None
+        while True:
+            try:
+                record = work(self._blank(cell, config, kind, index, lost_id))
+                self._remember_failure(record)  # wrong tokens
+                return record
+            except UnsupportedConfig as error:
+                status, reason = "infeasible", str(error)
+            except MemoryError as error:
+                status, reason = "oom", str(error) or "out of memory"
+            except WorkerLost as lost:
+                status, reason = lost.status, str(lost)
+            blank = self._blank(cell, config, kind, index, lost_id)
+            record = self._record(replace(blank, status=status, reason=reason))
+            self._remember_failure(record)
+            if status not in LOST or self._losses[cell, str(config)] >= MAX_LOSSES:
+                return record
+            lost_id = record.id
+
+    def _remember_failure(self, record: Measurement) -> None:
+        key = record.cell, record.config
+        if record.status in LOST and record.run == self._set.run:
+            self._losses[key] += 1
+        if self._is_final(record) and record.config != "off":
+            self._failed[key] = record
+
+    def _run(self, cell: Cell, configs: Sequence[SpecConfig], seconds: float) -> tuple[RunSample, ...]:
+        """Runs by the cell's worker, which may take what they shall last and what they took to warm up."""
+        life = self._executor.life(cell)
+        predicted = sum(seconds + self._warm[cell, config, life]["seconds"] for config in configs)
+        return self._executor.run(WorkItem(cell, tuple(configs), seconds, self._set.protocol), predicted)
 
     def _record_parts(self, cell: Cell, config: SpecConfig, sample: RunSample, warm: dict[str, float]) -> Measurement:
         is_busy = 2 * sum("busy" in step.flags for step in sample.scored) > len(sample.scored)
@@ -131,27 +169,33 @@ class BlockRunner:
 
     def _fresh(self, blank: Measurement, cell: Cell, config: SpecConfig, seconds: float) -> Measurement:
         """Measure until a block is not busy; every attempt is recorded. A machine that stays busy is not waited for."""
-        protocol, clock = self._set.protocol, self._set.clock
+        index, worker = blank.design.block, blank.worker
         self._warm_up(cell, OFF)
         warm = self._warm_up(cell, config)
         while True:
-            block = measure_block(self._measure, cell, config, seconds, protocol, clock, blank.design.block)
+            order = order_of(index)
+            block = Block.of(order, self._run(cell, sides(order, config), seconds))
             if not block.is_busy:
-                self._patience = protocol.busy_retries
-            if not block.is_busy or not self._patience:
+                self._patience[worker] = self._set.protocol.busy_retries
+            if not block.is_busy or not self._patience[worker]:
                 return self._record_block(blank, block, warm)
-            self._patience -= 1
+            self._patience[worker] -= 1
             self._record_block(replace(blank, status="throttled", reason="the machine was busy; measured again"), block, warm)
-            blank = self._blank(cell, config, blank.kind, blank.design.block)
+            blank = self._blank(cell, config, blank.kind, index)
 
     def _warm_up(self, cell: Cell, config: SpecConfig) -> dict[str, float]:
-        """Read prompts, compile and touch what the first use compiles and touches, outside the scored runs."""
-        if (cell, config) not in self._warm:
-            started = self._set.clock()
-            shortest = replace(self._set.protocol, min_rounds=MIN_SCORED)
-            sample = run_once(self._measure, cell, config, 0.0, shortest, self._set.clock)
-            self._warm[cell, config] = {"seconds": self._set.clock() - started, "rounds": len(sample.scored)}
-        return self._warm[cell, config]
+        """Read prompts, compile and touch what the first use compiles and touches, outside the scored runs.
+
+        Once in the life of a worker: a fresh one has read and compiled nothing.
+        """
+        if known := self._warm.get((cell, config, self._executor.life(cell))):
+            return known
+        started = self._set.clock()
+        shortest = replace(self._set.protocol, min_rounds=MIN_SCORED)
+        (sample,) = self._executor.run(WorkItem(cell, (config,), 0.0, shortest), None)
+        warm = {"seconds": self._set.clock() - started, "rounds": len(sample.scored)}
+        self._warm[cell, config, self._executor.life(cell)] = warm
+        return warm
 
     def _record_block(self, blank: Measurement, block: Block, warm: dict[str, float]) -> Measurement:
         """Two lines, plain decoding and the candidate, joined by `pair_of`."""
@@ -177,15 +221,20 @@ class BlockRunner:
         self._database.append(measurement)
         return measurement
 
-    def _blank(self, cell: Cell, config: SpecConfig, kind: str, index: int) -> Measurement:
+    def _blank(
+        self, cell: Cell, config: SpecConfig, kind: str, index: int, retry_of: str | None = None
+    ) -> Measurement:
         """The record of an experiment before its result; a second attempt gets its own id."""
-        fixed, design = self._set, Design(index, seed=self._set.seed, prompts=self._set.workload)
+        fixed, design = self._set, Design(index, seed=self._set.seed, prompts=self._set.workload, retry_of=retry_of)
         fp = self._fp_of[config.drafter]
         key = (fixed.run, fp, fixed.workload, fixed.temperature, cell, config, kind, index)
         attempt = 0
         while (identifier := measurement_id(*key, attempt)) in self._database or self._has_plain(identifier):
             attempt += 1
-        return Measurement(identifier, kind, fixed.run, fp, fixed.workload, fixed.temperature, cell, str(config), design)
+        worker = self._executor.names[self._executor.home(cell)]
+        return Measurement(
+            identifier, kind, fixed.run, fp, fixed.workload, fixed.temperature, cell, str(config), design, worker=worker
+        )
 
     def _has_plain(self, identifier: str) -> bool:
         return measurement_id("plain of", identifier) in self._database
@@ -197,9 +246,10 @@ class BlockRunner:
         return (record.workload, record.temperature) == ours and record.fp == self._fp_of.get(kind)
 
     def _is_final(self, record: Measurement) -> bool:
-        """Wrong tokens are wrong for ever; what did not fit or run is tried again by another run."""
-        is_final = record.config != "off" and record.status in FINAL_FAILURES
-        return is_final and (record.status == "mismatch" or record.run == self._set.run)
+        """Wrong tokens are wrong for ever; what did not fit or run, or lost too many workers, is tried again by another run."""
+        if record.status in LOST:
+            return self._losses[record.cell, record.config] >= MAX_LOSSES
+        return record.status in FINAL_FAILURES and (record.status == "mismatch" or record.run == self._set.run)
 
     def _env(self, labels: tuple[str, ...], is_busy: bool = False) -> dict[str, Any]:
         return {"utc": self._set.now(), "busy": is_busy, "labels": list(labels)}
@@ -214,3 +264,11 @@ class BlockRunner:
             path.write_bytes(data)
             return hashlib.sha256(data).hexdigest()
         return None
+
+
+def _needs_no_more(small: SpecConfig, large: SpecConfig) -> bool:
+    """Whether the second takes at least the memory of the first: same drafter, a view and a tree that are no smaller."""
+    if small.drafter != large.drafter:
+        return False
+    views = [math.inf if c.view is None or c.view.max_tokens is None else c.view.max_tokens for c in (small, large)]
+    return views[0] <= views[1] and small.num_nodes <= large.num_nodes

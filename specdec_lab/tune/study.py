@@ -1,7 +1,7 @@
 """Tune: per cell an Optuna search against plain decoding, a confirming duel, and at the end a policy from the records.
 
-The tuner asks for steps by a function `measure(cell, config)`; the engine, a replay or a synthetic world gives them. Only
-this process writes. Not known here: engine, view.
+The tuner asks for steps by a function `measure(cell, config)`; the engine, a replay or a synthetic world gives them, in
+this process or in workers. Only this process writes. Not known here: engine, view.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,13 +26,15 @@ from .duel import finalist, verdict
 from .folder import RunFolder
 from .grid import Plan, starting_points, with_trees
 from .probe import KINDS as PART_KINDS
-from .runner import FINAL_FAILURES, BlockRunner, Setting
+from .runner import FAILURES, BlockRunner, Setting
 from .search import CellSearch, Trial, open_journal, quiet_optuna
+from .workers import Executor, Inline
 
 if TYPE_CHECKING:
     import optuna
 
 MAX_NEIGHBOURS = 3  # winners of other cells that a search starts from
+POLL_S = 0.2  # between two looks at whether the run shall end, while a worker waits for a cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ Report = Callable[[Progress], None]
 
 def tune(
     plan: Plan,
-    measure: Measure,
+    measure: Measure | Executor,
     identity: Identity,
     database: Database,
     *,
@@ -79,12 +82,13 @@ def tune(
 ) -> Policy:
     """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
 
-    measure      (cell, config) -> steps from the end of the prompt; raises UnsupportedConfig or MemoryError where it cannot
+    measure      (cell, config) -> steps from the end of the prompt; raises UnsupportedConfig or MemoryError where it cannot.
+                 Or an executor, whose workers measure cells side by side, as many as the plan has lanes
     run_dir      studies, raw samples, policy.json; called again with the same folder and plan it goes on where it stopped
     stop         asked between blocks; True, or an interrupt, ends the run: what is recorded stays, at most the running block
                  is lost, and the policy says `interrupted`
     allow_forced write a policy although acceptance is forced; else that raises ForcedAcceptance before anything is measured
-    raises       DatabaseError where records cannot be written; it carries the finished measurements
+    raises       DatabaseError where records cannot be written; it carries the finished measurements. WorkerCannotStart
     """
     started = clock()
     refuse_forced([str(identity.base.get("acceptance", ""))], allow_forced)
@@ -92,7 +96,8 @@ def tune(
     database.check_writable()
     with RunFolder(Path(run_dir), plan, identity, workload, temperature, seed) as folder, quiet_optuna():
         setting = Setting(folder.name, folder.path, identity, workload, temperature, seed, plan.protocol, clock, now)
-        tuner = _Tuner(plan, BlockRunner(measure, database, setting), database, setting, folder, report, stop, started)
+        executor = measure if isinstance(measure, Executor) else Inline(measure, clock)
+        tuner = _Tuner(plan, executor, database, setting, folder, report, stop, started)
         tuner.allow_forced = allow_forced
         try:
             tuner.run()
@@ -106,18 +111,20 @@ def tune(
 
 class _Tuner:
     def __init__(
-        self, plan: Plan, runner: BlockRunner, database: Database, setting: Setting, folder: RunFolder, report: Report,
+        self, plan: Plan, executor: Executor, database: Database, setting: Setting, folder: RunFolder, report: Report,
         stop: Callable[[], bool], started: float,
     ) -> None:
-        self._plan, self._runner, self._database, self._set = plan, runner, database, setting
+        self._plan, self._executor, self._database, self._set = plan, executor, database, setting
+        self._runner = BlockRunner(executor, database, setting)
         self._folder, self._report_to, self._stop_asked = folder, report, stop
         self._started = started
         self._storage: optuna.storages.BaseStorage = open_journal(folder.path / "journal.log")
         self._states: dict[Cell, State] = {cell: ("infeasible", reason) for cell, reason in plan.infeasible.items()}
         self._states |= folder.finished
-        self._leader: tuple[SpecConfig, float] = (SpecConfig.off(), 0.0)
+        self._leaders: dict[Cell, tuple[SpecConfig, float]] = {}
         self._race_s: dict[Cell, float] = {}
-        self._race_blocks = plan.protocol.race_blocks
+        self._race_blocks: dict[Cell, int] = {}
+        self._waiting = [cell for cell in plan.cells if cell not in self._states]
         self.interrupted = False
         self.allow_forced = False
 
@@ -134,14 +141,55 @@ class _Tuner:
 
     def run(self) -> None:
         """Visit the cells, then measure the winners of some in the others."""
-        for cell in self._plan.cells:
-            if cell not in self._states and not self._is_over():
-                self._visit(cell)
-        self._fill()
+        self._each_worker(self._visit_cells)
+        for place, cell in enumerate(self._plan.cells):  # those that an earlier call has finished
+            self._executor.assign(cell, place % len(self._executor.names))
+        portfolio = [SpecConfig.parse(config) for config in self._portfolio()[1:]]
+        self._each_worker(lambda worker: self._fill(worker, portfolio))
+
+    def _each_worker(self, work: Callable[[int], None]) -> None:
+        """Do this for every worker: in this thread if there is one, else in a thread per worker, which take turns."""
+
+        def with_turn(worker: int) -> None:
+            with self._executor.turn:
+                try:
+                    work(worker)
+                except BaseException:
+                    self.interrupted = True  # the others finish their blocks
+                    raise
+                finally:
+                    self._executor.turn.notify_all()
+
+        workers = range(len(self._executor.names))
+        if len(workers) == 1:
+            with_turn(0)
+            return
+        with ThreadPoolExecutor(len(workers)) as pool:
+            jobs = [pool.submit(with_turn, worker) for worker in workers]
+            try:
+                wait(jobs)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def _visit_cells(self, worker: int) -> None:
+        while (cell := self._next()) is not None:
+            self._executor.assign(cell, worker)
+            self._visit(cell)
+            self._executor.turn.notify_all()
+
+    def _next(self) -> Cell | None:
+        """The next cell, once those that it starts from are finished; None when there is none, or the run ends."""
+        while self._waiting and not self._is_over():
+            if all(cell in self._states for cell in self._plan.before(self._waiting[0])):
+                return self._waiting.pop(0)
+            self._executor.turn.wait(POLL_S)
+        return None
 
     def _visit(self, cell: Cell) -> None:
-        open_cells = sum(c not in self._states for c in self._plan.cells)
-        share = self._plan.share_s(max(self._left() - self._plan.fill_s, 0.0), open_cells)
+        share = self._plan.share_s(max(self._left() - self._plan.fill_s, 0.0), len(self._waiting) + 1)
         protocol, begun = self._plan.protocol, self._set.clock()
         self._race_s[cell] = protocol.race_seconds(share)
         plain = self._runner.prepare(cell, self._race_s[cell])
@@ -152,7 +200,7 @@ class _Tuner:
         block_s = protocol.block_seconds(self._race_s[cell], plain.summary["step_s"]["mean"])
         race_share = share - max(share * protocol.duel_share, protocol.duel_blocks * block_s)
         probed_s = self._plan.probe.seconds(share) if self._plan.probe is not None else 0.0
-        self._race_blocks = protocol.race_blocks_within(race_share - probed_s, block_s)
+        self._race_blocks[cell] = protocol.race_blocks_within(race_share - probed_s, block_s)
         search = self._search(cell, begun + race_share)
         self._finish(cell, self._decide(cell, search, protocol.duel_seconds(share)))
 
@@ -170,7 +218,8 @@ class _Tuner:
             record = self._runner.probe(cell, config, scored_s)
             self._report(cell, str(config), "probe", 0, record)
         if not self.interrupted:
-            found = compose(cell, [m for m in self._database if self._runner.is_ours(m)])
+            later = {c for c in self._plan.cells if c != cell} - set(self._plan.before(cell))  # perhaps being measured now
+            found = compose(cell, [m for m in self._database if self._runner.is_ours(m) and m.cell not in later])
             self._folder.propose(cell, [proposal.config for proposal in found.proposals] if found else [])
 
     def _search(self, cell: Cell, until: float) -> CellSearch:
@@ -182,7 +231,7 @@ class _Tuner:
         priors = (first, *composed[:2], *starts, *composed[2:], *others)
         configs = with_trees(self._plan.configs[cell], (*composed, *nearest), cell)
         search = CellSearch(self._storage, cell, configs, priors, self._set.seed, self._plan.protocol)
-        self._leader = search.best
+        self._leaders[cell] = search.best
         while not self._is_over():
             is_spent = self._set.clock() >= until or search.num_known >= self._plan.protocol.max_trials
             if is_spent and search.has_tried(self._starts(cell)):
@@ -191,18 +240,18 @@ class _Tuner:
             if trial is None:
                 break
             self._race(cell, trial)
-            self._leader = search.best
+            self._leaders[cell] = search.best
         return search
 
     def _starts(self, cell: Cell) -> tuple[SpecConfig, ...]:
         return starting_points(self._plan.configs[cell], cell)
 
     def _race(self, cell: Cell, trial: Trial) -> None:
-        for index in range(self._race_blocks):
+        for index in range(self._race_blocks[cell]):
             if index and self._is_over():
                 break
             record = self._block(cell, trial.config, "race", index, self._race_s[cell])
-            if record.status in FINAL_FAILURES:
+            if record.status in FAILURES:
                 trial.fail(record.status)
                 return
             if trial.report(record.summary["log_speedup"]):
@@ -216,7 +265,7 @@ class _Tuner:
         found = self._evidence(cell).blocks
         races = {c: blocks for c in search.known if (blocks := found.get(str(c), {}).get("race", ()))}
         while races:
-            best = finalist(races, self._winners(), self._plan.protocol.tie)
+            best = finalist(races, self._winners(self._plan.before(cell)), self._plan.protocol.tie)
             if fmean(block.summary["log_speedup"] for block in races[best]) <= 0:
                 break
             status = self._duel(cell, best, seconds)
@@ -234,22 +283,23 @@ class _Tuner:
             if self._is_over():
                 return "open"
             status = self._block(cell, config, "duel", index, seconds).status
-            if status in FINAL_FAILURES:
+            if status in FAILURES:
                 break
         return status
 
-    def _fill(self) -> None:
-        """Winners of some cells measured in the others, so that lookup can interpolate between them."""
-        for config in map(SpecConfig.parse, self._portfolio()[1:]):
-            for cell in (c for c in self._plan.cells if self._states.get(c, ("", ""))[0] == "tuned"):
+    def _fill(self, worker: int, portfolio: Sequence[SpecConfig]) -> None:
+        """Winners of some cells measured in the others, so that lookup can interpolate between them; each worker in its own."""
+        cells = [cell for cell in self._tuned(self._plan.cells) if self._executor.home(cell) == worker]
+        for config in portfolio:
+            for cell in cells:
                 if self._evidence(cell).estimate(str(config), self._plan.protocol) is not None:
                     continue
-                self._leader = self._result(cell)
+                self._leaders[cell] = self._result(cell)
                 for index in range(self._plan.protocol.pilot_blocks):
                     if self._is_over():
                         return
                     seconds = self._race_s.get(cell, self._plan.protocol.race_run_s)
-                    if self._block(cell, config, "pilot", index, seconds).status in FINAL_FAILURES:
+                    if self._block(cell, config, "pilot", index, seconds).status in FAILURES:
                         break
 
     def _block(self, cell: Cell, config: SpecConfig, kind: str, index: int, seconds: float) -> Measurement:
@@ -263,14 +313,14 @@ class _Tuner:
         self._states[cell] = state
         if state[0] != "not_visited":
             self._folder.finish(cell, state)
-        self._leader = self._result(cell)
-        self._report(cell, str(self._leader[0]), "cell", 0, None)
+        self._leaders[cell] = self._result(cell)
+        self._report(cell, str(self._leaders[cell][0]), "cell", 0, None)
 
     def _report(self, cell: Cell, config: str, stage: str, block: int, record: Measurement | None) -> None:
         done, total = sum(c in self._states for c in self._plan.cells), len(self._plan.cells)
         elapsed = self._set.clock() - self._started
         eta = min(max(self._left(), 0.0), elapsed / done * (total - done) + self._plan.fill_s if done else math.inf)
-        best, value = self._leader
+        best, value = self._leaders.get(cell, (SpecConfig.off(), 0.0))
         log_speedup = record.summary.get("log_speedup") if record else None
         status = record.status if record else self._states[cell][0] if stage == "cell" else None
         self._report_to(
@@ -288,19 +338,21 @@ class _Tuner:
         return SpecConfig.parse(winner), found.mean if found else 0.0
 
     def _portfolio(self) -> tuple[str, ...]:
-        tuned = [self._evidence(cell) for cell, (state, _) in self._states.items() if state == "tuned"]
-        return choose_portfolio(tuned, self._plan.protocol)
+        return choose_portfolio([self._evidence(cell) for cell in self._tuned(self._plan.cells)], self._plan.protocol)
 
-    def _winners(self) -> set[SpecConfig]:
-        return {self._result(cell)[0] for cell, (state, _) in self._states.items() if state == "tuned"}
+    def _tuned(self, cells: Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in cells if self._states.get(cell, ("", ""))[0] == "tuned"]
+
+    def _winners(self, cells: Sequence[Cell]) -> set[SpecConfig]:
+        return {self._result(cell)[0] for cell in self._tuned(cells)}
 
     def _neighbours(self, cell: Cell) -> tuple[SpecConfig, ...]:
-        """Winners of the finished cells, the nearest cell first."""
+        """Winners of the cells before this one, the nearest cell first."""
 
         def distance(other: Cell) -> float:
             return abs(math.log2(other.batch / cell.batch)) + abs(math.log2(other.length / cell.length))
 
-        done = sorted((c for c, (state, _) in self._states.items() if state == "tuned"), key=lambda c: (distance(c), c))
+        done = sorted(self._tuned(self._plan.before(cell)), key=lambda c: (distance(c), c))
         found = dict.fromkeys(self._result(other)[0] for other in done)
         return tuple(config for config in found if not config.is_off)[:MAX_NEIGHBOURS]
 
@@ -312,6 +364,7 @@ class _Tuner:
         evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
         records = [record for c in contents.values() for record in c.measurements]
         header = policy_header(self._database, self._set, self._labels(states, records), evidence)
+        header |= {"workers": list(self._executor.names)} if self._executor.names != ("main",) else {}
         rules = Rules(min_speedup=self._plan.protocol.min_speedup)
         return assemble(header, rules, states, records, allow_forced=self.allow_forced)
 
