@@ -30,7 +30,7 @@ def make_gpu(tmp_path, *, has_cuda, has_torch, stages="", path=""):
     python.write_text(FAKE.format(no_cuda=int(not has_cuda), no_torch=int(not has_torch)))
     python.chmod(0o755)
     words = ["make", "gpu", f"PYTHON={python}", *([f"STAGES={stages}"] if stages else [])]
-    environment = {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS")}}
+    environment = {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")}}
     environment |= {"PYTHONPATH": path} if path else {}
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Makefile", "python"]  # nothing was made or installed

@@ -233,8 +233,8 @@ def test_the_law_test_catches_reused_noise(mutant, monkeypatch):
 
 
 def test_the_law_test_catches_a_correction_drawn_from_the_target_instead_of_the_residual(monkeypatch):
-    def wrong(proposal, target_law, accept_u, residual_u):
-        right = original(proposal, target_law, accept_u, residual_u)
+    def wrong(proposal, target_law, accept_u, residual_u, forced=None):
+        right = original(proposal, target_law, accept_u, residual_u, forced)
         rows = torch.arange(target_law.shape[0])
         following = sampling.draw(target_law[rows, right.num_accepted], residual_u[rows, right.num_accepted])
         return verify.Decision(right.num_accepted, right.tokens.scatter(1, right.num_accepted[:, None], following[:, None]))

@@ -26,8 +26,8 @@ def test_every_configuration_follows_the_law_and_the_control_does_not():
 
 
 def test_an_engine_that_draws_corrections_from_the_wrong_law_is_found(monkeypatch):
-    def wrong(proposal, target_law, accept_u, residual_u):
-        return original(proposal, target_law, accept_u * 0.7, residual_u)  # accepts more than it may
+    def wrong(proposal, target_law, accept_u, residual_u, forced=None):
+        return original(proposal, target_law, accept_u * 0.7, residual_u, forced)  # accepts more than it may
 
     original = verify.accept_rejection
     monkeypatch.setattr(verify, "accept_rejection", wrong)
