@@ -322,6 +322,9 @@ def test_every_stage_runs_through_with_tiny_shapes_and_leaves_labelled_rows_outs
     assert not told["is_red"]
     lines = Path(told["path"]).read_text().splitlines()
     assert all("rehearsal" in json.loads(line)["labels"] for line in lines)
+    headlines = [row for row in map(json.loads, lines) if row.get("kind") == "headline"]
+    assert headlines
+    assert all("acceptance: forced alpha 0.8" in row["labels"] for row in headlines)
     assert Path(told["path"]).name == FILE
     assert list((tmp_path / "tuning_db").iterdir()) == []
     assert max(map(len, lines)) < 2500

@@ -34,11 +34,11 @@ def random_text(cell: Cell, new_tokens: int, vocab: int) -> Workload:
     return Workload("random", prompts, new_tokens, stop_at_eos=False)
 
 
-def engine_for(context: Context, model: ModelCells) -> Engine:
-    """An engine over a model of random weights."""
+def engine_for(context: Context, model: ModelCells, forced: float | None = None) -> Engine:
+    """An engine over a model of random weights; `forced`: the chance with which a draft is accepted."""
     release(context.device)
     dtype: torch.dtype = getattr(torch, context.sizes.dtype)
-    return Engine(load(model.loads, device=context.device.type, dtype=dtype))
+    return Engine(load(model.loads, device=context.device.type, dtype=dtype), forced=forced)
 
 
 def fitting(context: Context, engine: Engine, cell: Cell, new_tokens: int) -> tuple[Cell | None, Row | None]:
