@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -266,6 +268,16 @@ def test_an_item_keeps_its_order_and_a_dead_worker_is_replaced_by_the_next_item(
         assert (workers.pids(), workers.life(cell)) == ((None,), 1)
         assert workers.run(item, 1.0) == first
     assert workers.pids() == (None,)
+
+
+def test_a_worker_starts_below_a_shell_whose_main_module_has_no_spec(tmp_path, monkeypatch):
+    shell = ModuleType("__main__")
+    del shell.__spec__
+    monkeypatch.setitem(sys.modules, "__main__", shell)
+    item = WorkItem(Cell(2, 512), (OFF,), 0.01, QUICK)
+    with Processes(Synthetic(), ["cpu"], BASE, tmp_path, SHORT) as workers, workers.turn:
+        workers.assign(item.cell, 0)
+        assert [run.config for run in workers.run(item, 1.0)] == ["off"]
 
 
 def test_a_lease_is_three_times_the_prediction_and_half_a_minute():

@@ -7,6 +7,7 @@ go of its turn only while its worker measures. Not known here: what is worth mea
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -207,8 +208,10 @@ class _Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._recipe, self._device, str(self._log))
-        self._process = context.Process(target=serve, args=arguments, name=self._name, daemon=True)
-        self._process.start()
+        process = context.Process(target=serve, args=arguments, name=self._name, daemon=True)
+        _give_main_a_spec()
+        process.start()
+        self._process = process
         theirs.close()  # so that its end is seen here as the end of the pipe
 
     def wait_until_ready(self, seconds: float) -> None:
@@ -271,6 +274,13 @@ class _Worker:
             self._process.join()
             self.num_ended += 1
         self._pipe = self._process = None
+
+
+def _give_main_a_spec() -> None:
+    """Shells inside another program put a main module in place that lacks `__spec__`, for which spawning asks."""
+    main = sys.modules["__main__"]
+    if not hasattr(main, "__spec__"):
+        main.__spec__ = None
 
 
 def serve(pipe: Connection, recipe: bytes, device: str, log: str) -> None:
