@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from specdec_lab.records import Cell, RunHeader, SpecConfig, StepRecord
 from specdec_lab.stream import Stream
@@ -100,3 +101,16 @@ def profile(cells: list[str], configs: list[str], *, blocks: int, count: int, pa
         for block in range(blocks):
             for config in configs:
                 yield stream(cell, config, count, block=block, pace_s=pace_s)
+
+
+def fallen_back(cell: str, draft: str, stand_in: str, at: int, count: int, *, pace_s: float = 0.0) -> Stream:
+    """One stream of a policy that gives up on `draft` before round `at`."""
+
+    def steps() -> Iterator[StepRecord]:
+        for i, step in enumerate([*rounds(cell, draft, at, seed=1), *rounds(cell, stand_in, count - at, seed=1, start=at)]):
+            if pace_s:
+                time.sleep(pace_s)
+            flags = (*step.flags, f"fell back from {draft}") if i == at else step.flags
+            yield replace(step, index=i, flags=flags)
+
+    return Stream(header(cell, "policy"), steps())

@@ -52,6 +52,21 @@ def test_a_run_paints_what_it_does_while_it_runs(notebook: OpenNotebook, artefac
     book.await_view("d.state === 'stopped'")
 
 
+def test_a_fall_back_is_shown_with_its_round_and_both_configurations(notebook: OpenNotebook, artefacts: Path) -> None:
+    falling = """live = LiveRun(
+    [synthetic.fallen_back("1x4096", "self:4+60/chain4", "ngram/chain4", at=60, count=150, pace_s=0.002)], title="A policy"
+).start()
+live"""
+    book = notebook([IMPORTS, falling])
+    book.run_cell(0)
+    book.run_cell(1)
+    book.await_view("d.state === 'finished' && d.steps === '150'")
+    shown = book.page.locator("body").inner_text()
+    book.page.screenshot(path=artefacts / "live-fall-back.png")
+    assert "round 60" in shown
+    assert "fell back from self:4+60/chain4 to ngram/chain4" in shown
+
+
 def test_before_the_first_round_the_view_says_that_it_waits(notebook: OpenNotebook, artefacts: Path) -> None:
     waiting = """gate = threading.Event()
 def held():
