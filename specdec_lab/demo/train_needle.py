@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import machine
 from ..workload import needle_text as language
+from .train_demo import init_weights, learning_rate_factor, make_optimizers
 
 HOME = Path(__file__).parent / "needle"
 CONTEXT = 2112  # prompts of 2048 tokens and a value after them
@@ -55,18 +56,6 @@ def make_config() -> Any:
     )
     config.dtype = "float32"
     return config
-
-
-def init_weights(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Embeddings N(0, 0.02), matrices N(0, 1/fan_in), projections back into the residual stream zero."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "embed" in name:
-                weight.normal_(0, 0.02, generator=generator)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.zero_()
-            elif weight.ndim == 2:
-                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
 
 
 def draw_text(length: int, rng: random.Random) -> tuple[list[int], list[float]]:
@@ -117,20 +106,6 @@ def weighted_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.
     return (losses * weights.flatten()).sum() / weights.sum(), said
 
 
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the block matrices, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
-
-
 def steps_of(budget: int, phases: tuple[Phase, ...] = PHASES) -> list[Phase]:
     """The phase of every step."""
     return [p for p in phases for _ in range(max(1, round(p.share * budget / (p.length * p.rows))))]
@@ -142,7 +117,7 @@ def train(model: LlamaForCausalLM, budget: int, seed: int, report: Callable[[str
     rng, optimizers, losses, plan = random.Random(seed), make_optimizers(model), [], steps_of(budget, phases)
     started = time.perf_counter()
     for step, phase in enumerate(plan):
-        factor = min(1.0, (step + 1) / WARM_UP_STEPS, 2 * (1 - step / len(plan)))
+        factor = min((step + 1) / WARM_UP_STEPS, learning_rate_factor(step / len(plan)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
