@@ -30,6 +30,14 @@ def test_two_processes_emit_what_one_does_with_half_the_kv_each(tmp_path):
         assert 2 * found["per_token"] == alone["per_token"]
 
 
+def test_a_rank_that_fails_ends_the_run_though_the_other_waits_for_it():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(Path(__file__).with_name("parallel_failing.py"))], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode != 0
+    assert "rank 1 fails here" in done.stderr
+
+
 def test_shards_put_side_by_side_are_the_whole_tensor():
     whole = {"a.q_proj.weight": torch.randn(8, 4), "a.o_proj.weight": torch.randn(4, 8), "a.o_proj.bias": torch.randn(4),
              "n.weight": torch.ones(4)}  # fmt: skip

@@ -163,6 +163,15 @@ def test_a_stop_ends_all_workers_between_blocks_and_the_run_can_be_resumed(tmp_p
     assert len({m.key for m in after if m.config != "off"}) == len([m for m in after if m.config != "off"]), "nothing twice"
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also in a process that a shell started in the background and so told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_all_workers_after_their_blocks_and_keeps_what_they_measured(tmp_path):
     plan = small_plan(batches=(1, 2), lengths=(512, 2048), drafters=("ngram",), protocol=QUICK, lanes=2)
     told = []

@@ -7,8 +7,10 @@ and, randomness being by counter, decides the same tokens. Not known here: draft
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -143,7 +145,18 @@ def join(ranks: int, device: torch.device) -> tuple[Shard, Processes]:
         torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     return Shard(rank, ranks), Processes(ranks)
+
+
+def _leave() -> None:
+    """End together: gloo's connections that go down at exit while another rank still speaks abort that rank.
+
+    A rank that failed leaves at once, so that torchrun ends the others, which may wait for it in a sum.
+    """
+    if not hasattr(sys, "last_type"):
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 class ShardedWeights(Mapping[str, Tensor]):
