@@ -79,7 +79,7 @@ class Case:
         logits, best = reference.decoder(self.weights, *arguments, scale=self.scale, index=self.index, **self.view)
         return logits, best, kv
 
-    def call(self, kv, target, threads, rows, growth=0):
+    def call(self, kv, target, threads, rows):
         """A call of the kernel over `kv`, and the memory it points to."""
         w, queries = self.weights, self.tokens.shape[1]
         bits, depth = attention.corner_bits(self.corner), self.depth.to(torch.int32)
@@ -98,9 +98,7 @@ class Case:
             call.rows, call.num_rows = rows.data_ptr(), rows.shape[0]
         library = build.load_library(target)
         code = library.tree_attention_check(ctypes.byref(call))
-        call.nodes += growth
         space = attention.aligned(1 if code else library.tree_attention_workspace(ctypes.byref(call)))
-        call.nodes -= growth
         call.workspace = space.data_ptr()
         return call, (bits, depth, rows, space)
 
@@ -118,8 +116,8 @@ class Case:
     def draft(self, depth, draw, target="native", threads=1, rows=None):
         """What decoder.draft makes of the chain `tokens`, and the cache it leaves."""
         kv = self.kv.clone()
-        call, kept = self.call(kv, target, threads, rows, growth=depth)
-        drafted = cpu.Decoder(self.weights, target).draft(self.tokens, call, kv.stride(0), depth, draw)
+        call, kept = self.call(kv, target, threads, rows)
+        drafted = cpu.Decoder(self.weights, target).draft(self.tokens, call, kv.stride(0), (*[1] * depth, 0), draw)
         del kept
         return drafted, kv
 

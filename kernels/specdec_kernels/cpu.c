@@ -2,3 +2,4 @@
 #include "tree_attention/cpu.c"
 #include "noise/cpu.c"
 #include "decoder/cpu.c"
+#include "decoder/draft.c"

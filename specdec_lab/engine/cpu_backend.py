@@ -50,11 +50,8 @@ class CpuBackend:
             return f"the compiled CPU kernel takes trees of up to {cpu.MAX_NODES} nodes, root counted, not {need.max_queries}"
         return cpu.why_not(need.head_dim, need.dtype)
 
-    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None, growth: int = 0) -> Any:
-        """A CpuPlan for rounds, sdpa's plan for prompt chunks.
-
-        growth  nodes by which the corner may grow before the next plan: a chain drafted in one call
-        """
+    def plan(self, reads: Reads, cache: KvCache, group: int, sliding: int | None = None) -> Any:
+        """A CpuPlan for rounds, sdpa's plan for prompt chunks."""
         if reads.num_queries > cpu.MAX_QUERIES or reads.corner.shape[1] > cpu.MAX_NODES:
             return self._prompts.plan(reads, cache, group, sliding)
         template, corner = self._template(reads, cache, group)
@@ -67,9 +64,7 @@ class CpuBackend:
         if reads.index is not None:
             _point_to_lists(call, reads.index, cache)
         cpu.check_code(library.tree_attention_check(here), call)
-        call.nodes += growth
         workspace = _workspace(cache, library.tree_attention_workspace(here))
-        call.nodes -= growth
         call.workspace = workspace.data_ptr()
         return CpuPlan(call, (committed, rows, workspace, reads.index, *corner), call.index or 0)
 

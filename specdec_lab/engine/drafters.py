@@ -18,7 +18,7 @@ from .batch import Batch, Forward, count_forward
 from .clocks import Clock, Phase
 from .network import DRAFT, Network
 from .snapkv import SnapKv
-from .tree_draft import draft_tree, fill_tree, text_proposal
+from .tree_draft import chain_children, draft_tree, fill_tree, text_proposal
 from .tree_layout import Layout
 from .verify import Proposal, choose_draft
 
@@ -64,7 +64,7 @@ def _draft_chain(network: Network, batch: Batch, config: SpecConfig, lag: int = 
     forwards = [count_forward([n - lag for n in computed], lag + 1, view)]
     forwards += [count_forward(computed, 1, view, step) for step in range(1, config.depth)]
     draw = batch.draft_draw()
-    drafted = network.draft_chain(fed, reads, config.depth, draw) if draw is not None else None
+    drafted = network.draft(fed, reads, chain_children(config.depth), draw) if draw is not None else None
     if drafted is not None:
         clock.enter(Phase.DRAFT_OTHER)
         return Proposal(drafted.tokens, counts, drafted.law), DraftCost(tuple(forwards), network.used_threads)

@@ -72,20 +72,20 @@ class Network:
         self.threads.took(kind, time.perf_counter() - start)
         return scores
 
-    def draft_chain(self, tokens: Tensor, reads: Reads, depth: int, draw: Draw) -> Drafted | None:
-        """A chain of `depth` tokens after tokens [B, lag + 1] in one call; None where it must be drafted step by step."""
+    def draft(self, tokens: Tensor, reads: Reads, children: tuple[int, ...], draw: Draw) -> Drafted | None:
+        """A chain or tree after tokens [B, lag + 1] in one call; None where it must be drafted level by level. See Runner."""
         if not self.skips_finished:
             return None
         reads = self._with_lists(reads)
-        kind = ("chain", depth, draw.temperature > 0, *self._kind(reads))
+        kind = ("draft", children, draw.temperature > 0, *self._kind(reads))
 
-        def chain(clock: Clock) -> Drafted | None:
-            return self.runner.draft_chain(tokens, reads, self.cache, self.backend, clock, depth, draw)
+        def draft(clock: Clock) -> Drafted | None:
+            return self.runner.draft(tokens, reads, self.cache, self.backend, clock, children, draw)
 
-        self.used_threads = self.threads.use(kind, lambda: chain(_UNHEARD), self.clock.pause, self.clock.resume)
+        self.used_threads = self.threads.use(kind, lambda: draft(_UNHEARD), self.clock.pause, self.clock.resume)
         self.clock.forward(*DRAFT)
         start = time.perf_counter()
-        drafted = chain(self.clock)
+        drafted = draft(self.clock)
         self.threads.took(kind, time.perf_counter() - start)
         return drafted
 

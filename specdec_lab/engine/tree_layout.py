@@ -77,6 +77,7 @@ class Layout:
     parents    of nodes 0..N; the root's is -1
     depths     of nodes 0..N
     children   of nodes 0..N in rank order
+    num_children  of nodes 0..N; siblings lie side by side, so this is the whole tree
     child_table [N+1, K] the same, -1 where there is none
     widest     widest[d]: most children of a node at depth d, for d = 0..depth
     law_row    [N+1] which of the fed nodes, counted over all levels, a node is; 0 for a leaf
@@ -88,6 +89,7 @@ class Layout:
     parents: tuple[int, ...]
     depths: tuple[int, ...]
     children: tuple[tuple[int, ...], ...]
+    num_children: tuple[int, ...]
     child_table: Tensor
     widest: tuple[int, ...]
     law_row: Tensor
@@ -142,7 +144,7 @@ def layout_of(tree: TreeShape, device: torch.device, nodes: tuple[int, ...] | No
     table = torch.tensor([c + [-1] * (most - len(c)) for c in children], dtype=torch.int64, device=device)
     laws = {v: row for row, v in enumerate(v for queries in fed for v in queries)}
     return Layout(
-        order, parents, tuple(depths), tuple(map(tuple, children)), table,
+        order, parents, tuple(depths), tuple(map(tuple, children)), tuple(map(len, children)), table,
         tuple(max(len(c) for v, c in enumerate(children) if depths[v] == d) for d in range(depths[-1] + 1)),
         torch.tensor([laws.get(v, 0) for v in range(len(parents))], device=device),
         tuple(level(d, queries) for d, queries in enumerate(fed)), level(-1, range(len(parents))),

@@ -364,15 +364,14 @@ static int64_t runs_of(const Call *c, Run *runs) {
     return count;
 }
 
-/* 0, or why nothing was touched: a code of tree_attention_check; 8 sizes; 9 a kept query; 10 scratch; 2000000 + i: token i is
- * not in the vocabulary or beyond the positions. */
+/* 0, or why nothing may be touched: a code of tree_attention_check; 8 sizes; 9 a kept query; 2000000 + i: token i is not in
+ * the vocabulary or beyond the positions. */
 static int decoder_check(const Forward *f) {
     const Model *m = f->model;
     const Call *c = f->attention;
     int wrong = tree_attention_check(c);
     if (wrong) return wrong;
     if (m->heads != c->heads || m->kv_heads != c->kv_heads || m->dim != c->dim || m->hidden < 1 || m->num_layers < 1) return 8;
-    if (!f->scratch || !c->workspace) return 10;
     for (int l = 1; c->index && c->recent && l < m->num_layers; l++) /* layer 0 is checked */
         if ((wrong = check_ends(c, c->index + l * c->index_layer))) return wrong;
     for (int i = 0; i < f->num_keep; i++)
@@ -415,9 +414,11 @@ static void set_places(const Work *a, Call *c) {
     c->out_query = (int64_t)c->heads * c->dim, c->out_batch = c->queries * c->out_query;
 }
 
+/* 0, or a code of decoder_check; 10: scratch or workspace is missing. */
 int decoder_forward(Forward *f) {
     int wrong = decoder_check(f);
     if (wrong) return wrong;
+    if (!f->scratch || !f->attention->workspace) return 10;
     Run runs[f->attention->batch];
     Work a = work_of(f, runs, runs_of(f->attention, runs));
     set_places(&a, f->attention);
@@ -430,124 +431,6 @@ int decoder_forward(Forward *f) {
         if (!s.member) attended_ns = ns;
     }
     f->attention_ns = attended_ns;
-    return 0;
-}
-
-/* A chain drafted token by token without leaving the team. */
-typedef struct {
-    Forward *first; /* its queries are the chain's root, and the token before it where lag = 1; only the last is kept */
-    const int64_t *sequences;
-    int64_t *tokens; /* [batch, depth] out */
-    float *laws;     /* [batch, depth, vocab] out for sampled drafts, else NULL */
-    uint64_t seed;
-    float temperature; /* 0: greedy */
-    int32_t depth, purpose, coupled;
-    int64_t choosing_ns; /* out */
-} Chain;
-
-/* law = softmax(logits / temperature) */
-static void soften(const float *logits, float temperature, float *law, int64_t n) {
-    float factor = 1.44269504089f / temperature, top = logits[arg_max(logits, n)];
-    double total = 0;
-    for (int64_t i = 0; i < n; i += W) {
-        float some[W] __attribute__((aligned(64)));
-        int64_t count = n - i < W ? n - i : W;
-        for (int64_t j = 0; j < W; j++) some[j] = j < count ? (logits[i + j] - top) * factor : -INFINITY;
-        *(vf *)some = exp2_nonpositive(*(vf *)some);
-        total += lane_sum(*(vf *)some);
-        memcpy(law + i, some, count * sizeof(float));
-    }
-    float scale = (float)(1.0 / total);
-    for (int64_t i = 0; i < n; i++) law[i] *= scale;
-}
-
-/* The first token whose cumulated weight exceeds the uniform's share of the whole; weights of zero are never drawn. */
-static int64_t draw_by_weight(const float *law, int64_t n, uint32_t word) {
-    double total = 0, sum = 0;
-    for (int64_t i = 0; i < n; i++) total += law[i];
-    double wanted = word * 0x1p-32 * total;
-    int64_t last = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (law[i] > 0) last = i;
-        sum += law[i];
-        if (sum > wanted) return i;
-    }
-    return last;
-}
-
-/* The token drafted after `position - 1`, given its logits. law: where to put the law, [vocab]. */
-static int64_t choose_token(const Chain *chain, int b, int64_t position, const float *logits, int64_t best, float *law) {
-    if (chain->temperature == 0) return best;
-    int64_t n = chain->first->model->vocab;
-    Noise noise = {chain->sequences + b, &position, chain->seed, n, 1, 1, chain->purpose, 1};
-    soften(logits, chain->temperature, law, n);
-    if (chain->coupled) return draw_token(&noise, 0, law);
-    noise.count = 1;
-    uint32_t word;
-    noise_words(&noise, &word);
-    return draw_by_weight(law, n, word);
-}
-
-/* Draft by every thread of a team. `later` is the call of the steps after the first: one query, a growing corner. */
-static void draft_together(Chain *chain, const Work *a, const Work *b, Share s, BlockFn block, int64_t most, const Forward *step,
-                           float *space, int64_t *attended_ns) {
-    const Forward *first = chain->first;
-    const Call *given = step->attention;
-    int64_t vocab = first->model->vocab;
-    int lag = first->attention->queries - 1;
-    for (int depth = 0; depth < chain->depth; depth++) {
-        uint64_t seen = lag + depth + 1 >= 64 ? ~0ull : (1ull << (lag + depth + 1)) - 1;
-        int32_t node = lag + depth;
-        Call call = *given;
-        call.corner = &seen, call.query_node = &node, call.nodes = node + 1;
-        int64_t ns = depth ? forward_together(step, &call, b, s, block, most)
-                           : forward_together(first, first->attention, a, s, block, most);
-        int64_t start = s.member ? 0 : now_ns();
-        for (int i = s.member; i < row_count(given); i += s.team) {
-            int row = given->rows ? given->rows[i] : i;
-            int64_t position = given->committed[row] + lag + depth + 1;
-            int64_t at = (int64_t)row * chain->depth + depth;
-            float *law = chain->laws ? chain->laws + at * vocab : space + s.member * vocab;
-            int64_t token = choose_token(chain, row, position, first->logits + row * vocab, first->best[row], law);
-            chain->tokens[at] = token;
-            ((int64_t *)step->tokens)[row] = token;
-        }
-#pragma omp barrier
-        if (!s.member) *attended_ns += ns, chain->choosing_ns += now_ns() - start;
-    }
-}
-
-/* As decoder_forward, `depth` times. first->attention: a chain of lag + 1 nodes over committed - lag. step_tokens [batch] and
- * laws [threads, vocab] are working memory. Codes: as decoder_forward; 11: deeper than the corner or the slots allow. */
-int decoder_draft(Chain *chain, int64_t *step_tokens, float *space) {
-    Forward *first = chain->first, step = *first;
-    Call *given = first->attention, later;
-    int wrong = decoder_check(first);
-    if (wrong) return wrong;
-    int32_t depths[64], zero = 0;
-    int lag = given->queries - 1, batch = given->batch;
-    if (chain->depth < 1 || lag + chain->depth > 64 || first->num_keep != 1) return 11;
-    for (int b = 0; b < batch; b++)
-        if (given->committed[b] + lag + chain->depth > given->slots || given->committed[b] + lag + chain->depth > first->model->positions)
-            return 11;
-    for (int i = 0; i < 64; i++) depths[i] = i;
-    Run runs[batch], later_runs[batch];
-    Work a = work_of(first, runs, runs_of(given, runs));
-    set_places(&a, given);
-    later = *given;
-    later.queries = 1, later.nodes = lag + chain->depth, later.node_depth = depths;
-    step.attention = &later, step.tokens = step_tokens, step.keep = &zero;
-    Work b = work_of(&step, later_runs, runs_of(&later, later_runs));
-    set_places(&b, &later);
-    BlockFn block = block_function(given);
-    int64_t most = most_chunks(&later), attended_ns = 0; /* with the whole corner: no step has more */
-    chain->choosing_ns = 0;
-#pragma omp parallel num_threads(given->threads) if (given->threads > 1)
-    {
-        Share s = {omp_get_thread_num(), omp_get_num_threads()};
-        draft_together(chain, &a, &b, s, block, most, &step, space, &attended_ns);
-    }
-    first->attention_ns = attended_ns;
     return 0;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,19 +46,25 @@ class _Forward(ctypes.Structure):
     )
 
 
-class _Chain(ctypes.Structure):
+class _Draft(ctypes.Structure):
     _fields_: ClassVar[Any] = [
-        ("first", ctypes.POINTER(_Forward)), *((n, _P) for n in ("sequences", "tokens", "laws")), ("seed", ctypes.c_uint64),
-        ("temperature", ctypes.c_float), *((n, _I32) for n in ("depth", "purpose", "coupled")), ("choosing_ns", _I64),
+        ("first", ctypes.POINTER(_Forward)), *((n, _P) for n in ("children", "sequences", "tokens", "laws")),
+        ("seed", ctypes.c_uint64), ("temperature", ctypes.c_float), *((n, _I32) for n in ("nodes", "purpose", "coupled")),
+        ("choosing_ns", _I64),
     ]  # fmt: skip
+
+
+class _Sizes(ctypes.Structure):
+    _fields_: ClassVar[Any] = [(n, _I64) for n in ("scratch", "workspace", "fed", "widest")]
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How a drafted token is chosen. temperature 0: the most likely one.
+    """How drafted tokens are chosen. temperature 0: the most likely ones, of equals the lower.
 
     sequences   [B] int64, seed and purpose: the random numbers (specdec_kernels.noise)
-    is_coupled  True: the Gumbel-max draw of its position; False: by the law itself, which is then returned
+    is_coupled  True: those of largest log law + Gumbel noise of their position; False: drawn one after the other from what is
+                left of the law itself, which is then returned
     """
 
     temperature: float
@@ -69,12 +76,24 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """tokens [B, depth]; law [B, depth, V] they were drawn from, where one was asked for; nanoseconds by use."""
+    """tokens [B, nodes]; law [B, nodes with children, V] they were drawn from, where one was asked for; nanoseconds by use."""
 
     tokens: Tensor
     law: Tensor | None
     attention_ns: int
     choosing_ns: int
+
+
+@lru_cache(maxsize=512)
+def children_tensor(children: tuple[int, ...]) -> Tensor:
+    """The numbers of children as the kernel reads them, made once per tree."""
+    return torch.tensor(children, dtype=torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _last(width: int) -> Tensor:
+    """The index of the last of some queries."""
+    return torch.tensor([width - 1], dtype=torch.int32)
 
 
 def why_not(weights_dtype: torch.dtype, target: str = "native", folder: Path | None = None) -> str | None:
@@ -144,48 +163,80 @@ class Decoder:
         keep      [K] int32 query indices; logits [B, K, V] float32 and best [B, K] int64 are filled, but for rows left out
         raises    ValueError for tokens, positions or lengths out of range, before any memory is touched
         """
+        self._check_shapes(tokens, call)
+        wanted = (tokens.shape[0], keep.shape[0])
+        if keep.dtype != torch.int32 or best.shape != wanted or logits.shape != (*wanted, self.vocab):
+            raise ValueError(f"decoder refused: for {wanted[1]} kept queries (int32) logits are {[*wanted, self.vocab]} and best "
+                             f"{list(wanted)}, got {keep.dtype}, {list(logits.shape)} and {list(best.shape)}")
         forward = self._forward(tokens, call, kv_layer, keep, logits, best)
         code = self._library.decoder_forward(ctypes.byref(forward))
-        if code:
-            self._refuse(code, tokens, call)
+        self._check(code, tokens, call)
         return int(forward.attention_ns)
 
-    def draft(self, tokens: Tensor, call: attention.Call, kv_layer: int, depth: int, draw: Draw) -> Drafted:
-        """A chain of `depth` tokens after tokens [B, lag + 1] (root last, lag 0 or 1), each appended and attended to.
+    def draft(
+        self, tokens: Tensor, call: attention.Call, kv_layer: int, children: tuple[int, ...], draw: Draw
+    ) -> Drafted:
+        """Draft a tree after tokens [B, lag + 1] (root last, lag 0 or 1): nodes with children are appended and attended to.
 
-        call    reads of the first step: a chain of lag + 1 nodes over the committed tokens before them; its workspace must be
-                large enough for lag + depth nodes
-        raises  ValueError as forward, before any memory is touched
+        call      reads of the first forward: a chain of lag + 1 nodes over the committed tokens before them; its workspace
+                  is set here
+        children  how many children each node has, breadth-first from the root: that is the whole tree; of a chain (1, .., 1, 0)
+        raises    ValueError as forward, before any memory is touched
         """
+        self._check_shapes(tokens, call)
+        if draw.sequences.dtype != torch.int64 or draw.sequences.shape != tokens.shape[:1] or not draw.sequences.is_contiguous():
+            raise ValueError(f"decoder refused: sequences are int64 [{tokens.shape[0]}], got {draw.sequences.dtype} "
+                             f"{list(draw.sequences.shape)}")
         batch, width = tokens.shape
+        keep, counts = _last(width), children_tensor(children)
+        first = _Forward(ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), None, None, None,
+                         kv_layer, 0, 1)  # fmt: skip
+        draft = _Draft(ctypes.pointer(first), counts.data_ptr(), draw.sequences.data_ptr(), None, None,
+                       draw.seed & 0xFFFFFFFFFFFFFFFF, draw.temperature, len(children) - 1, draw.purpose, draw.is_coupled, 0)  # fmt: skip
+        here, sizes = ctypes.byref(draft), _Sizes()
+        self._check(self._library.decoder_draft_sizes(here, ctypes.byref(sizes)), tokens, call)
         empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
-        law = None if draw.temperature == 0 or draw.is_coupled else empty(batch, depth, self.vocab)
-        out, step_tokens = empty(batch, depth, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)
-        logits, best = torch.empty(batch, 1, self.vocab), torch.empty(batch, 1, dtype=torch.int64)
-        keep, space = torch.tensor([width - 1], dtype=torch.int32), torch.empty(call.threads, self.vocab)
-        first = self._forward(tokens, call, kv_layer, keep, logits, best)
-        chain = _Chain(
-            ctypes.pointer(first), draw.sequences.data_ptr(), out.data_ptr(), law.data_ptr() if law is not None else None,
-            draw.seed & 0xFFFFFFFFFFFFFFFF, draw.temperature, depth, draw.purpose, draw.is_coupled, 0,
-        )  # fmt: skip
-        code = self._library.decoder_draft(ctypes.byref(chain), _P(step_tokens.data_ptr()), _P(space.data_ptr()))
-        if code:
-            self._refuse(code, tokens, call)
-        return Drafted(out, law, int(first.attention_ns), int(chain.choosing_ns))
+        out = empty(batch, len(children) - 1, dtype=torch.int64)
+        law = None if draw.temperature == 0 or draw.is_coupled else empty(batch, sizes.fed, self.vocab)
+        logits = self._room("logits", batch * sizes.widest * self.vocab)
+        space = self._room("space", 2 * call.threads * self.vocab)
+        numbers = torch.empty(2, batch * sizes.widest, dtype=torch.int64)  # arg-max of the logits, tokens that are fed
+        first.logits, first.best = logits.data_ptr(), numbers.data_ptr()
+        first.scratch = self._room("scratch", sizes.scratch).data_ptr()
+        call.workspace = self._room("workspace", sizes.workspace).data_ptr()
+        draft.tokens, draft.laws = out.data_ptr(), None if law is None else law.data_ptr()
+        code = self._library.decoder_draft(here, _P(numbers[1].data_ptr()), _P(space.data_ptr()))
+        self._check(code, tokens, call)
+        return Drafted(out, law, int(first.attention_ns), int(draft.choosing_ns))
 
     def _forward(
         self, tokens: Tensor, call: attention.Call, kv_layer: int, keep: Tensor, logits: Tensor, best: Tensor
     ) -> _Forward:
         floats = self._library.decoder_scratch(ctypes.byref(self._model), _I64(tokens.numel()), call.threads)
-        scratch: Tensor | None = getattr(self._memory, "scratch", None)
-        if scratch is None or scratch.numel() < floats:
-            scratch = self._memory.scratch = attention.aligned(floats)
+        scratch = self._room("scratch", floats)
         return _Forward(
             ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), logits.data_ptr(),
             best.data_ptr(), scratch.data_ptr(), kv_layer, 0, keep.shape[0],
         )  # fmt: skip
 
-    def _refuse(self, code: int, tokens: Tensor, call: attention.Call) -> None:
+    @staticmethod
+    def _check_shapes(tokens: Tensor, call: attention.Call) -> None:
+        wanted = call.batch, call.queries
+        if tokens.dtype != torch.int64 or tokens.shape != wanted or not tokens.is_contiguous():
+            raise ValueError(f"decoder refused: the call reads contiguous int64 tokens {list(wanted)}, got {tokens.dtype} "
+                             f"{list(tokens.shape)}")
+
+    def _room(self, name: str, floats: int) -> Tensor:
+        """Working memory of this thread that stays and grows."""
+        room: Tensor | None = getattr(self._memory, name, None)
+        if room is None or room.numel() < floats:
+            room = attention.aligned(floats)
+            setattr(self._memory, name, room)
+        return room
+
+    def _check(self, code: int, tokens: Tensor, call: attention.Call) -> None:
+        if code == 0:
+            return
         if code >= FIRST_TOKEN_CODE:
             row, query = divmod(code - FIRST_TOKEN_CODE, call.queries)
             raise ValueError(
@@ -194,7 +245,8 @@ class Decoder:
             )
         what = {
             8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing",
-            11: f"a chain this deep does not fit into 64 nodes, {call.slots} slots and {self._model.positions} positions",
+            11: "the chain or tree is none, or does not fit into 64 nodes, "
+                f"{call.slots} slots, {self._model.positions} positions and {self.vocab} children per node",
         }  # fmt: skip
         if code in what:
             raise ValueError(f"decoder refused: {what[code]}")

@@ -5,6 +5,7 @@ Every other file of this folder computes the same; same arguments, same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,3 +89,41 @@ def decoder(
         hidden = hidden + linear(F.silu(linear(x, block.gate)) * linear(x, block.up), block.down)
     logits = linear(norm(hidden[:, keep], weights.norm), weights.head)
     return logits, logits.argmax(-1)
+
+
+def drafted(
+    weights: Weights, tokens: Tensor, kv: Tensor, committed: Tensor, children: Sequence[int],
+    choose: Callable[[Tensor, Tensor, int], Tensor], *, scale: float, sink: int = 0, recent: int = 0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Tokens [B, N] of a tree below the last of tokens [B, lag + 1], one forward per level that has nodes with children.
+
+    committed  [B] before these tokens; node v (the root is 0) is appended at slot committed + lag + v
+    children   [N + 1] how many children each node has, breadth-first
+    choose     logits [B, V] of a node, position [B] of its children, their number -> tokens [B, number]
+    """
+    parents, lag = [-1], tokens.shape[1] - 1
+    for node, number in enumerate(children):
+        parents += [node] * number
+    lines = [[0]]
+    for node, parent in enumerate(parents[1:], start=1):
+        lines.append([*lines[parent], node])
+    depth = torch.tensor([len(line) - 1 for line in lines])
+    out = torch.zeros(tokens.shape[0], len(parents) - 1, dtype=torch.int64)
+    for level in range(int(depth.max())):
+        fed = [node for node, number in enumerate(children) if number and depth[node] == level]
+        corner = torch.zeros(len(fed), fed[-1] + 1, dtype=torch.bool)
+        for row, node in enumerate(fed):
+            corner[row, lines[node]] = True
+        here = (out[:, [node - 1 for node in fed]], kv, committed + lag, corner, depth[: fed[-1] + 1], torch.tensor(fed))
+        if level == 0:
+            order = torch.arange(lag + 1)
+            here = (tokens, kv, committed, order[:, None] >= order, order, order)
+        keep = torch.arange(here[0].shape[1])[-len(fed) :]
+        logits, _ = decoder(weights, *here, keep, scale=scale, sink=sink, recent=recent, index=index)
+        for row, node in enumerate(fed):
+            first = parents.index(node)
+            out[:, first - 1 : first - 1 + children[node]] = choose(
+                logits[:, row], committed + lag + level + 1, children[node]
+            )
+    return out

@@ -72,29 +72,36 @@ void noise_words(const Noise *n, uint32_t *out) {
         }
 }
 
+/* ratios[4 * W]: (-log u) / p for the entries from `first` of a law[count], infinite where p = 0. Returns each lane's least. */
+INLINE vd ratios_of(const Noise *n, int64_t i, const float *law, int64_t first, double *ratios) {
+    vu w[4];
+    philox_lanes((uint32_t)(first / 4), (uint32_t)n->positions[i], (uint32_t)n->sequences[i / n->queries], n->purpose, n->seed, w);
+    uint32_t ordered[4 * W] __attribute__((aligned(64)));
+    for (int lane = 0; lane < W; lane++)
+        for (int j = 0; j < 4; j++) ordered[4 * lane + j] = w[j][lane];
+    int64_t some = n->count - first < 4 * W ? n->count - first : 4 * W;
+    float p[4 * W] __attribute__((aligned(64))) = {0};
+    memcpy(p, law + first, some * sizeof(float));
+    vd low = INFINITY - (vd){0};
+    for (int k = 0; k < 4 * W; k += DOUBLES) {
+        vd u, q;
+        for (int lane = 0; lane < DOUBLES; lane++) u[lane] = (double)ordered[k + lane], q[lane] = p[k + lane];
+        vd ratio = minus_log((u + 0.5) * 0x1p-32) / q;
+        *(vd *)(ratios + k) = ratio;
+        vm less = ratio < low;
+        low = (vd)((less & (vm)ratio) | (~less & (vm)low));
+    }
+    return low;
+}
+
 /* The token of least (-log u) / p in law[count]; p = 0 is never drawn. */
 static int64_t draw_token(const Noise *n, int64_t i, const float *law) {
     double least = INFINITY;
     int64_t best = 0;
     for (int64_t first = 0; first < n->count; first += 4 * W) {
-        vu w[4];
         double ratios[4 * W] __attribute__((aligned(64)));
-        philox_lanes((uint32_t)(first / 4), (uint32_t)n->positions[i], (uint32_t)n->sequences[i / n->queries], n->purpose, n->seed, w);
-        uint32_t ordered[4 * W] __attribute__((aligned(64)));
-        for (int lane = 0; lane < W; lane++)
-            for (int j = 0; j < 4; j++) ordered[4 * lane + j] = w[j][lane];
+        vd low = ratios_of(n, i, law, first, ratios);
         int64_t some = n->count - first < 4 * W ? n->count - first : 4 * W;
-        float p[4 * W] __attribute__((aligned(64))) = {0};
-        memcpy(p, law + first, some * sizeof(float));
-        vd low = INFINITY - (vd){0};
-        for (int k = 0; k < 4 * W; k += DOUBLES) {
-            vd u, q;
-            for (int lane = 0; lane < DOUBLES; lane++) u[lane] = (double)ordered[k + lane], q[lane] = p[k + lane];
-            vd ratio = minus_log((u + 0.5) * 0x1p-32) / q; /* infinite where p = 0 */
-            *(vd *)(ratios + k) = ratio;
-            vm less = ratio < low;
-            low = (vd)((less & (vm)ratio) | (~less & (vm)low));
-        }
         for (int lane = 0; lane < DOUBLES; lane++)
             if (low[lane] < least) { /* rarely: look for it */
                 for (int k = 0; k < some; k++)

@@ -440,7 +440,7 @@ int tree_attention_check(const Call *c) {
     for (int t = 0; t < c->queries; t++)
         if (c->query_node[t] < 0 || c->query_node[t] >= c->nodes) return 4;
     for (int i = 0; c->rows && i < c->num_rows; i++)
-        if (c->rows[i] < 0 || c->rows[i] >= c->batch) return 7;
+        if (c->rows[i] <= (i ? c->rows[i - 1] : -1) || c->rows[i] >= c->batch) return 7;
     for (int b = 0; b < c->batch; b++)
         if (c->committed[b] < 0 || c->committed[b] + c->nodes > c->slots) return 1000 + b;
     return c->index && c->recent ? check_ends(c, c->index) : 0;

@@ -272,16 +272,17 @@ class FastLlama:
         """Let a call read the keys and values of the first layer."""
         call.k, call.v, call.scale = cache.kv.data_ptr(), cache.kv[0, 1].data_ptr(), self._scale
 
-    def draft_chain(
-        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    def draft(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, children: tuple[int, ...],
+        draw: Draw,
     ) -> Drafted | None:
-        """See Runner.draft_chain."""
+        """See Runner.draft."""
         compiled = self._compiled(backend)
         if compiled is None or not isinstance(backend, CpuBackend):
             return None
-        plan = backend.plan(reads, cache, self.shape.heads // self.shape.kv_heads, growth=depth)
+        plan = backend.plan(reads, cache, self.shape.heads // self.shape.kv_heads)
         self._point(plan.call, cache)
-        drafted = compiled.draft(tokens.contiguous(), plan.call, cache.kv.stride(0), depth, draw)
+        drafted = compiled.draft(tokens.contiguous(), plan.call, cache.kv.stride(0), children, draw)
         clock.inside(drafted.attention_ns)
         clock.inside(drafted.choosing_ns, Phase.DRAFT_OTHER)
         return drafted

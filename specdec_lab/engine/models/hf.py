@@ -144,8 +144,9 @@ class HFRunner:
         ).logits
         return Scores(out[:, :0].expand(batch, 0, -1) if keep is None else out.view(batch, -1, out.shape[-1]))
 
-    def draft_chain(
-        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    def draft(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, children: tuple[int, ...],
+        draw: Draw,
     ) -> None:
         """Never in one call."""
         return None  # noqa: RET501  # the protocol's answer, not the absence of one

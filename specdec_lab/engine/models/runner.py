@@ -73,12 +73,14 @@ class Runner(Protocol):
         Writes K/V of every token at its slot; tokens where padding [B, T] is True go to the scratch slot.
         """
 
-    def draft_chain(
-        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, depth: int, draw: Draw
+    def draft(
+        self, tokens: Tensor, reads: Reads, cache: KvCache, backend: AttentionBackend, clock: Clock, children: tuple[int, ...],
+        draw: Draw,
     ) -> Drafted | None:
-        """A chain of `depth` tokens after tokens [B, lag + 1] in one call; None where it must be drafted step by step.
+        """A chain or tree after tokens [B, lag + 1] in one call; None where it must be drafted level by level.
 
-        reads  of the first step; the following ones see one node more each
+        reads     of the first forward; the following ones see what the tree says
+        children  how many children each node has, breadth-first from the root
         """
 
     def why_not_compiled(self, backend: AttentionBackend) -> str | None:
