@@ -87,7 +87,7 @@ class Case:
         call.k, call.v, call.committed = kv[0, 0].data_ptr(), kv[0, 1].data_ptr(), self.committed.data_ptr()
         call.corner, call.node_depth, call.query_node = bits.data_ptr(), depth.data_ptr(), self.nodes.data_ptr()
         call.batch, call.queries, call.heads, call.kv_heads = kv.shape[2], queries, w.heads, w.kv_heads
-        call.dim, call.nodes, call.slots = w.head_dim, queries, kv.shape[4]
+        call.dim, call.nodes, call.slots = w.head_dim, self.corner.shape[1], kv.shape[4]
         _, _, call.kv_batch, call.kv_head, call.kv_slot, _ = kv.stride()
         call.sink, call.recent, call.bf16, call.threads = *self.view.values(), int(kv.dtype == torch.bfloat16), threads
         call.scale = self.scale

@@ -15,6 +15,7 @@ import specdec_lab as sd
 import tiny
 from specdec_kernels.tree_attention import cpu
 from specdec_lab.engine import tree_draft, tree_verify
+from specdec_lab.engine.batch import Batch
 from specdec_lab.engine.cache import KvCache
 from specdec_lab.engine.sampling import Noise, Processor, Purpose
 from specdec_lab.engine.tree_layout import layout_of
@@ -250,11 +251,13 @@ NOISES = {
 @pytest.mark.parametrize("mutant", NOISES)
 def test_the_joint_law_catches_reused_noise(mutant, monkeypatch):
     method, change = NOISES[mutant]
+    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)  # by torch, level by level: where the mutant lives
     monkeypatch.setattr(Noise, method, change(getattr(Noise, method)))
     assert p_value("model:0+2/3,2") < 1e-6
 
 
 def test_the_joint_law_catches_children_in_another_order_than_drawn(monkeypatch):
+    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)  # by torch, level by level: where the mutant lives
     monkeypatch.setattr(tree_draft, "choose_children", likeliest_first)
     assert p_value("model:0+2/4,2") < 1e-6
 

@@ -42,9 +42,9 @@ class Batch:
         self.live_rows = None if len(rows) == len(live) else torch.tensor(rows, dtype=torch.int32, device=self.ids.device)
 
     def draft_draw(self) -> Draw | None:
-        """How drafted tokens are chosen, if a kernel can do it: not with top-k or top-p, whose laws need a sort."""
+        """How drafted tokens are chosen, if a kernel can do it."""
         p = self.processor
-        if not p.is_greedy and (p.top_k or p.top_p < 1):
+        if p.why_not_compiled() is not None:
             return None
         coupled = self.verifier == "coupled"
         purpose = Purpose.TARGET if coupled else Purpose.DRAFT

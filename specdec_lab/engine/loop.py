@@ -33,6 +33,7 @@ from .device.session import ROUNDS_PER_READ, DeviceSession
 from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner, position_mode
+from .sampling import Processor
 from .session import DRAFT_MARGIN, Session
 from .threads import Threads
 
@@ -207,8 +208,8 @@ class Engine:
         return RunHeader(
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
-            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
-            draft=_facts(self.pair.draft, self._draft_backend, self.rounds)
+            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds, workload),
+            draft=_facts(self.pair.draft, self._draft_backend, self.rounds, workload)
             if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,
             machine={
@@ -316,13 +317,15 @@ def _draft_beyond(draft: Runner, text: int, choose: Any) -> str | None:
     return f"{DRAFT_BEYOND}, {perhaps}" if text > draft.max_length else None
 
 
-def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds) -> dict[str, Any]:
+def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds, workload: Workload) -> dict[str, Any]:
     reason = runner.why_not_compiled(backend)
     on_host = "one compiled call" if reason is None else f"layer by layer: {reason}"
+    reason = reason or Processor(workload.temperature, workload.top_p, workload.top_k).why_not_compiled()
+    drafts = "one compiled call" if reason is None else f"level by level: {reason}"
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
         "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
-        "rounds": rounds.spelled or on_host,
+        "rounds": rounds.spelled or on_host, "drafts": rounds.spelled or drafts,
         "prompts": PROMPTS.get(backend.name, backend.name), "position_mode": position_mode(runner),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,

@@ -82,6 +82,10 @@ class Processor:
         """Whether the law is a point mass on the arg-max."""
         return self.temperature == 0.0
 
+    def why_not_compiled(self) -> str | None:
+        """None if the compiled decoder can choose drafts by this law, else the reason in words."""
+        return None if self.is_greedy or not (self.top_k or self.top_p < 1) else "a law with top-k or top-p takes a sort"
+
     def law(self, logits: Tensor) -> Tensor:
         """logits [..., V] -> probabilities in float32 or better, rows sum to 1. Not for greedy decoding."""
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -42,11 +42,11 @@ def choose_children(
     coupled    the largest of log Q + Gumbel noise, which is such a draw too (Vieira 2014), with plain sampling's noise
     """
     if processor.is_greedy:
-        return scores.best[..., None] if most == 1 else scores.logits.topk(most, dim=-1).indices, None
+        return scores.best[..., None] if most == 1 else largest(scores.logits, most), None
     law = processor.law(scores.logits)
     if verifier == "coupled":
         gumbel = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)  # [B, 1, V]
-        return (law.double().log() + gumbel).topk(most, dim=-1).indices, None
+        return largest(law.double().log() + gumbel, most), None
     lanes = torch.arange(most, device=position.device)
     uniforms = noise.uniform(position[:, None].expand(-1, most), Purpose.DRAFT, lanes)  # [B, most]
     left, tokens = law.double(), []
@@ -55,6 +55,17 @@ def choose_children(
         if rank + 1 < most:
             left = left.scatter(-1, tokens[-1][..., None], 0.0)
     return torch.stack(tokens, -1), law
+
+
+def largest(values: Tensor, most: int) -> Tensor:
+    """Indices [..., most] of the largest values [..., V], in order; of equals the lower, as in the compiled decoder.
+
+    On a device any of equals, as topk takes them: to look for equals would be to wait for it.
+    """
+    found = values.topk(min(most + 1, values.shape[-1]) if values.device.type == "cpu" else most, dim=-1)
+    if values.device.type == "cpu" and bool((found.values[..., 1:] == found.values[..., :-1]).any()):
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    return found.indices[..., :most]
 
 
 Over = Callable[[Tensor], bool]

@@ -13,6 +13,7 @@
 #define TILE_ROWS 4
 #endif
 #define TILE_VECTORS 3
+#define MAX_BATCH 65536 /* sequences of a call: a few lists over them lie on the stack */
 
 /* A block's weights. Matrices are packed: panels of W output columns, [panel][input][W]; see decoder_pack. */
 typedef struct {
@@ -364,13 +365,14 @@ static int64_t runs_of(const Call *c, Run *runs) {
     return count;
 }
 
-/* 0, or why nothing may be touched: a code of tree_attention_check; 8 sizes; 9 a kept query; 2000000 + i: token i is not in
+/* 0, or why nothing may be touched: a code of tree_attention_check; 8 sizes; 9 a kept query; 12 sequences; 2000000 + i: token i is not in
  * the vocabulary or beyond the positions. */
 static int decoder_check(const Forward *f) {
     const Model *m = f->model;
     const Call *c = f->attention;
     int wrong = tree_attention_check(c);
     if (wrong) return wrong;
+    if (c->batch > MAX_BATCH) return 12;
     if (m->heads != c->heads || m->kv_heads != c->kv_heads || m->dim != c->dim || m->hidden < 1 || m->num_layers < 1) return 8;
     for (int l = 1; c->index && c->recent && l < m->num_layers; l++) /* layer 0 is checked */
         if ((wrong = check_ends(c, c->index + l * c->index_layer))) return wrong;

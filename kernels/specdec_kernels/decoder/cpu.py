@@ -247,6 +247,7 @@ class Decoder:
             8: "the call's heads are not the model's", 9: "a kept query is none of the queries", 10: "memory is missing",
             11: "the chain or tree is none, or does not fit into 64 nodes, "
                 f"{call.slots} slots, {self._model.positions} positions and {self.vocab} children per node",
+            12: f"{call.batch} sequences; up to 65,536 are possible",
         }  # fmt: skip
         if code in what:
             raise ValueError(f"decoder refused: {what[code]}")
