@@ -197,6 +197,20 @@ def test_text_from_trees_follows_the_joint_law_of_the_target(config, verifier, k
     assert p_value(config, verifier=verifier, **kwargs) > 1e-3
 
 
+def in_torch(monkeypatch):
+    """Let torch draft and decide, level by level, where mutants can live; nothing is compiled but the forwards."""
+    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)
+    monkeypatch.setattr(tree_verify, "_is_compiled", lambda scores, drawn_from: False)
+
+
+@pytest.mark.parametrize(
+    ("config", "verifier"), [("self:0+1/2,1", "rejection"), ("model:0+2/4,2", "rejection"), ("model:0+2/3,2", "coupled")]
+)
+def test_text_from_trees_follows_the_joint_law_where_torch_drafts_and_decides(config, verifier, monkeypatch):
+    in_torch(monkeypatch)
+    assert p_value(config, verifier=verifier) > 1e-3
+
+
 def likeliest_first(scores, most, position, processor, verifier, noise):
     """The right children, put in order of probability rather than of their draw."""
     tokens, law = choose_children(scores, most, position, processor, verifier, noise)
@@ -226,6 +240,7 @@ FEW_TO_DRAW = "dead children are tested"  # shows where the draft's support is s
 
 @pytest.mark.parametrize("rewrite", [rewrite for rewrite in REWRITES if rewrite != FEW_TO_DRAW])
 def test_the_joint_law_catches_a_wrong_verifier(rewrite, monkeypatch):
+    in_torch(monkeypatch)
     monkeypatch.setattr(tree_verify, "accept_children", rewritten(tree_verify.accept_children, *REWRITES[rewrite]))
     assert p_value("model:0+2/4,2") < 1e-6
 
@@ -251,13 +266,13 @@ NOISES = {
 @pytest.mark.parametrize("mutant", NOISES)
 def test_the_joint_law_catches_reused_noise(mutant, monkeypatch):
     method, change = NOISES[mutant]
-    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)  # by torch, level by level: where the mutant lives
+    in_torch(monkeypatch)
     monkeypatch.setattr(Noise, method, change(getattr(Noise, method)))
     assert p_value("model:0+2/3,2") < 1e-6
 
 
 def test_the_joint_law_catches_children_in_another_order_than_drawn(monkeypatch):
-    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)  # by torch, level by level: where the mutant lives
+    in_torch(monkeypatch)
     monkeypatch.setattr(tree_draft, "choose_children", likeliest_first)
     assert p_value("model:0+2/4,2") < 1e-6
 
@@ -303,12 +318,14 @@ def test_the_first_token_of_a_tree_follows_the_target(p, q, tree):
 def test_the_first_token_follows_the_target_where_the_draft_has_fewer_tokens_than_children(monkeypatch):
     p, q = (0.1, 0.1, 0.3, 0.5), (0.6, 0.4, 0.0, 0.0)
     assert first_token_p_value(p, q, "tree:-1,-1,-1") > 1e-3
+    in_torch(monkeypatch)
     monkeypatch.setattr(tree_verify, "accept_children", rewritten(tree_verify.accept_children, *REWRITES[FEW_TO_DRAW]))
     assert first_token_p_value(p, q, "tree:-1,-1,-1") < 1e-6
 
 
 @pytest.mark.parametrize("mutant", RANK_NOISES)
 def test_the_first_token_catches_noise_shared_between_decisions(mutant, monkeypatch):
+    in_torch(monkeypatch)
     monkeypatch.setattr(Noise, "uniform", RANK_NOISES[mutant](Noise.uniform))
     assert min(first_token_p_value(*laws, "tree:-1,-1") for laws in (TESTED_TWICE, MUCH_LEFT)) < 1e-6
 

@@ -3,3 +3,4 @@
 #include "noise/cpu.c"
 #include "decoder/cpu.c"
 #include "decoder/draft.c"
+#include "tree_walk/cpu.c"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..records import SpecConfig, StepRecord
 from .batch import Forward
@@ -66,6 +67,12 @@ def count(runner: Runner, forwards: Sequence[Forward], threads: int) -> Counted:
     )
 
 
+@lru_cache(maxsize=512)
+def _spelled(config: SpecConfig) -> str:
+    """str(config), which walks a tree's nodes: once per configuration, not per round."""
+    return str(config)
+
+
 def step_record(
     kind: str, config: SpecConfig, progress: Progress, lap: Lap, context: tuple[int, ...], drafted: tuple[int, ...],
     commit: Commit, target: Counted, draft: Counted, ceilings: Ceilings,
@@ -80,7 +87,7 @@ def step_record(
     if s[Phase.ATTENTION] and floor_s > s[Phase.ATTENTION]:
         flags.append("floor-above-measured")
     return StepRecord(
-        index=progress.rounds, kind=kind, config=str(config), start_s=progress.seconds, wall_s=lap.wall_s, draft_s=draft_s,
+        index=progress.rounds, kind=kind, config=_spelled(config), start_s=progress.seconds, wall_s=lap.wall_s, draft_s=draft_s,
         linear_s=s[Phase.LINEAR], attention_s=s[Phase.ATTENTION], commit_s=s[Phase.COMMIT], accept_s=s[Phase.ACCEPT],
         host_s=s[Phase.HOST], cpu_s=lap.cpu_s, context_tokens=context, drafted=drafted, accepted=commit.accepted,
         tokens=commit.tokens, censored=commit.censored, ranks=commit.ranks, nodes=commit.nodes,

@@ -25,8 +25,8 @@ class Level:
     """Nodes that are fed in one forward, and what each of them sees: its ancestors and itself.
 
     name         of tree and level, for what a back end keeps; None where the tree is not met again
-    depths       of the fed nodes, from the root
-    ancestors    ancestors[e]: distinct nodes at depth e that some fed node sees
+    depths       of the fed nodes, from the root; sum_depths of them all
+    ancestors    ancestors[e]: distinct nodes at depth e that some fed node sees; nodes_seen of them all
     corner, node_depths, query_nodes  as in Reads
     pick         [children] this level's children among [fed nodes x most]; `most` children has the one with most
     feed         [next level's fed nodes] their places among this level's children; None on the last level
@@ -34,7 +34,9 @@ class Level:
 
     name: tuple[str, int] | None
     depths: tuple[int, ...]
+    sum_depths: int
     ancestors: tuple[int, ...]
+    nodes_seen: int
     corner: Tensor
     node_depths: Tensor
     query_nodes: Tensor
@@ -54,13 +56,17 @@ class Level:
     def count(self, committed: list[int], view: KvView) -> Forward:
         """The exact counts of a forward of these nodes: of one depth where the view is a window, with or without lists."""
         queries, keys, pairs = len(self.depths), 0, 0
+        if view.kind == "full":
+            tokens, rows = sum(committed), len(committed)
+            return Forward(rows, queries, tokens + rows * self.nodes_seen, queries * (tokens + rows) + rows * self.sum_depths)
+        depth = self.depths[0]
         for length in committed:
-            if view.kind == "full":
-                keys += length + sum(self.ancestors)
-                pairs += queries * (length + 1) + sum(self.depths)
-                continue
-            depth = self.depths[0]
             before = length + depth - view.recent + 1  # the window's first position
+            if view.kind == "window" and before > view.sink <= length:  # as in most rounds: the same whatever the length
+                near = self.ancestors[max(depth - view.recent + 1, 0) :]
+                prefix = view.sink + max(0, view.recent - depth - 1)
+                keys, pairs = keys + prefix + sum(near), pairs + queries * (prefix + len(near))
+                continue
             stays = min(length, view.sink) if view.kind == "window" else min(view.budget, max(before, 0), length)
             prefix = stays + max(0, length - max(view.sink, before))
             seen = [e for e in range(depth + 1) if depth - e < view.recent or length + e < view.sink]
@@ -171,7 +177,8 @@ def _level(
     ancestors = {v for line in lines for v in line}
     deepest = max(depths[v] for v in queries)
     return Level(
-        name, tuple(depths[v] for v in queries), tuple(sum(depths[v] == e for v in ancestors) for e in range(deepest + 1)),
+        name, tuple(depths[v] for v in queries), sum(depths[v] for v in queries),
+        tuple(sum(depths[v] == e for v in ancestors) for e in range(deepest + 1)), len(ancestors),
         corner.to(device), torch.tensor(depths[: queries[-1] + 1], device=device), torch.tensor(list(queries), device=device),
         most, torch.tensor(pick, device=device), torch.tensor(feed, device=device) if feed else None,
     )  # fmt: skip

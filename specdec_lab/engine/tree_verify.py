@@ -25,11 +25,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specdec_kernels.tree_walk import cpu as compiled
+from specdec_kernels.tree_walk.reference import Purposes
+
+from .attention import chain_order
 from .forced import Forced, forced_ranks
 from .models.runner import Scores
 from .sampling import Noise, Processor, Purpose, draw
 from .tree_layout import Layout
 from .verify import Decision, Proposal
+
+
+_PURPOSES = Purposes(int(Purpose.TARGET), int(Purpose.ACCEPT), int(Purpose.RESIDUAL))
 
 
 def choose_children(
@@ -127,13 +134,37 @@ def decide_tree(
     wanted = None if forced is None else wanted_ranks(layout, first_position, noise, forced)
     if processor.is_greedy:
         return _match_on_host(proposal, layout, scores.best, wanted)
-    if verifier == "coupled" or proposal.law is None:
+    drawn_from = proposal.law if verifier == "rejection" else None
+    if wanted is None and _is_compiled(scores, drawn_from):
+        return _walk_compiled(proposal, layout, drawn_from, scores, first_position, processor, noise)
+    if drawn_from is None:
         step = matching(proposal, layout, scores, first_position, processor, noise)
     else:
-        step = testing(proposal, layout, proposal.law, scores, first_position, processor, noise, all_rows)
+        step = testing(proposal, layout, drawn_from, scores, first_position, processor, noise, all_rows)
     if wanted is not None:
         step = _forcing(step, proposal, layout, wanted)
     return walk(layout, step, proposal.counts, all_rows)
+
+
+def _is_compiled(scores: Scores, drawn_from: Tensor | None) -> bool:
+    """Whether a compiled step decides a level for all rows: on a CPU, laws in float32."""
+    wide = scores.logits.dtype == torch.float64 or (drawn_from is not None and drawn_from.dtype != torch.float32)
+    return scores.logits.device.type == "cpu" and not wide and compiled.why_not() is None
+
+
+def _walk_compiled(
+    proposal: Proposal, layout: Layout, drawn_from: Tensor | None, scores: Scores, first_position: Tensor,
+    processor: Processor, noise: Noise,
+) -> Decision:  # fmt: skip
+    """Descend by compiled steps, which compute no law but those of the nodes that were reached. The same as `walk`."""
+    going = compiled.start(
+        proposal.tokens, proposal.exists, layout.num_children, layout.depth, drawn_from, noise.seed, noise.sequences,
+        first_position, _PURPOSES,
+    )  # fmt: skip
+    rows = chain_order(first_position.shape[0], first_position.device)
+    while going.step(processor.law(scores.logits[rows, going.node])):
+        pass
+    return _decision(going.made, layout.depth)
 
 
 def wanted_ranks(layout: Layout, first_position: Tensor, noise: Noise, forced: Forced) -> Tensor:
@@ -172,14 +203,18 @@ def _match_on_host(proposal: Proposal, layout: Layout, best: Tensor, wanted: Ten
     drafts = proposal.tokens.tolist()
     found = [_descend(layout, *row) for row in zip(targets, drafts, exists, forced, strict=True)]
     deepest = max(len(path) for path, _ in found)
-    tokens = [
-        [*(drafted[node - 1] for node in path), row[path[-1] if path else 0]]
-        for row, drafted, (path, _) in zip(targets, drafts, found, strict=True)
-    ]
-    return Decision(
-        torch.tensor([len(path) for path, _ in found], device=device), _padded(tokens, deepest + 1, device),
-        _padded([path for path, _ in found], deepest, device), _padded([ranks for _, ranks in found], deepest, device),
-    )
+    made = []  # per row: how many are accepted; their nodes and ranks, padded; their tokens and the one behind them, padded
+    for row, drafted, (path, ranks) in zip(targets, drafts, found, strict=True):
+        rest = [0] * (deepest - len(path))
+        tokens = [*(drafted[node - 1] for node in path), row[path[-1] if path else 0]]
+        made.append([len(path), *path, *rest, *ranks, *rest, *tokens, *rest])
+    return _decision(torch.tensor(made, dtype=torch.int64, device=device), deepest)
+
+
+def _decision(made: Tensor, depth: int) -> Decision:
+    """Out of one tensor [B, 3 * depth + 2]: num_accepted, path, ranks, tokens."""
+    count, path, ranks, tokens = made.split([1, depth, depth, depth + 1], 1)
+    return Decision(count[:, 0], tokens, path, ranks)
 
 
 def _descend(
@@ -203,10 +238,6 @@ def _descend(
         node = layout.children[node][rank - 1]
         path.append(node)
         ranks.append(rank)
-
-
-def _padded(rows: Sequence[list[int]], width: int, device: torch.device) -> Tensor:
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
 def walk(layout: Layout, step: Step, counts: Tensor, over: Over | None = None) -> Decision:
