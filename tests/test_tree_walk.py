@@ -49,7 +49,9 @@ class World:
 
     def walk(self, start):
         p, layout = self.proposal, self.layout
-        going = start(p.tokens, p.exists, layout.num_children, layout.depth, p.law, self.seed, self.noise.sequences, self.first, PURPOSES)
+        going = start(
+            p.tokens, p.exists, layout.num_children, layout.depth, p.law, self.seed, self.noise.sequences, self.first, PURPOSES
+        )
         law = self.scores.logits.softmax(-1)
         while going.step(law[torch.arange(len(law)), going.node]):
             pass
@@ -57,7 +59,8 @@ class World:
 
 
 CASES = [(tree, verifier, sharp, some) for tree in TREES for verifier, sharp, some in (
-    ("rejection", 1.0, False), ("rejection", 3.0, True), ("rejection", 40.0, False), ("coupled", 1.0, False), ("coupled", 2.0, True)
+    ("rejection", 1.0, False), ("rejection", 3.0, True), ("rejection", 40.0, False), ("coupled", 1.0, False),
+    ("coupled", 2.0, True),
 )]  # fmt: skip
 
 

@@ -208,7 +208,8 @@ class Engine:
         return RunHeader(
             run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
-            config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds, workload),
+            config=_spelling(choose), workload=workload.name,
+            target=_facts(self.pair.target, self.backend, self.rounds, workload),
             draft=_facts(self.pair.draft, self._draft_backend, self.rounds, workload)
             if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,

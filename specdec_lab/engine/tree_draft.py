@@ -61,7 +61,10 @@ def draft_tree(network: Network, batch: Batch, config: SpecConfig, lag: int = 0)
 def _level_by_level(
     network: Network, batch: Batch, view: KvView, layout: Layout, reads: Reads
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, N] and the laws [B, fed nodes, V] they were drawn from, where that is asked for. reads: of the first forward."""
+    """Tokens [B, N], and the laws [B, fed nodes, V] they were drawn from where that is asked for.
+
+    reads  of the first forward
+    """
     rows, committed, longest = network.rows(batch), network.cache.committed, batch.longest_committed
     fed, tokens, laws = batch.last_tokens(reads.num_queries), [], []
     for depth, level in enumerate(layout.levels):

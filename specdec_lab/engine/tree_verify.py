@@ -35,7 +35,6 @@ from .sampling import Noise, Processor, Purpose, draw
 from .tree_layout import Layout
 from .verify import Decision, Proposal
 
-
 _PURPOSES = Purposes(int(Purpose.TARGET), int(Purpose.ACCEPT), int(Purpose.RESIDUAL))
 
 

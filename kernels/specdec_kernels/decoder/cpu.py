@@ -107,6 +107,18 @@ def why_not(weights_dtype: torch.dtype, target: str = "native", folder: Path | N
     return None
 
 
+def _check_tokens(tokens: Tensor, call: attention.Call) -> None:
+    wanted = call.batch, call.queries
+    if tokens.dtype != torch.int64 or tokens.shape != wanted or not tokens.is_contiguous():
+        raise ValueError(f"decoder refused: the call reads contiguous int64 tokens {list(wanted)}, got {tokens.dtype} "
+                         f"{list(tokens.shape)}")  # fmt: skip
+
+
+def _check_sequences(sequences: Tensor, batch: int) -> None:
+    if sequences.dtype != torch.int64 or sequences.shape != (batch,) or not sequences.is_contiguous():
+        raise ValueError(f"decoder refused: sequences are int64 [{batch}], got {sequences.dtype} {list(sequences.shape)}")
+
+
 class Decoder:
     """Packed weights of one model, and the scratch memory of its forwards.
 
@@ -163,11 +175,11 @@ class Decoder:
         keep      [K] int32 query indices; logits [B, K, V] float32 and best [B, K] int64 are filled, but for rows left out
         raises    ValueError for tokens, positions or lengths out of range, before any memory is touched
         """
-        self._check_shapes(tokens, call)
-        wanted = (tokens.shape[0], keep.shape[0])
-        if keep.dtype != torch.int32 or best.shape != wanted or logits.shape != (*wanted, self.vocab):
-            raise ValueError(f"decoder refused: for {wanted[1]} kept queries (int32) logits are {[*wanted, self.vocab]} and best "
-                             f"{list(wanted)}, got {keep.dtype}, {list(logits.shape)} and {list(best.shape)}")
+        _check_tokens(tokens, call)
+        kept = (tokens.shape[0], keep.shape[0])
+        if keep.dtype != torch.int32 or best.shape != kept or logits.shape != (*kept, self.vocab):
+            raise ValueError(f"decoder refused: for {kept[1]} kept queries (int32) logits are {[*kept, self.vocab]} and best "
+                             f"{list(kept)}, got {keep.dtype}, {list(logits.shape)} and {list(best.shape)}")
         forward = self._forward(tokens, call, kv_layer, keep, logits, best)
         code = self._library.decoder_forward(ctypes.byref(forward))
         self._check(code, tokens, call)
@@ -183,16 +195,18 @@ class Decoder:
         children  how many children each node has, breadth-first from the root: that is the whole tree; of a chain (1, .., 1, 0)
         raises    ValueError as forward, before any memory is touched
         """
-        self._check_shapes(tokens, call)
-        if draw.sequences.dtype != torch.int64 or draw.sequences.shape != tokens.shape[:1] or not draw.sequences.is_contiguous():
-            raise ValueError(f"decoder refused: sequences are int64 [{tokens.shape[0]}], got {draw.sequences.dtype} "
-                             f"{list(draw.sequences.shape)}")
+        _check_tokens(tokens, call)
+        _check_sequences(draw.sequences, call.batch)
         batch, width = tokens.shape
         keep, counts = _last(width), children_tensor(children)
-        first = _Forward(ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), None, None, None,
-                         kv_layer, 0, 1)  # fmt: skip
-        draft = _Draft(ctypes.pointer(first), counts.data_ptr(), draw.sequences.data_ptr(), None, None,
-                       draw.seed & 0xFFFFFFFFFFFFFFFF, draw.temperature, len(children) - 1, draw.purpose, draw.is_coupled, 0)  # fmt: skip
+        first = _Forward(
+            ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), None, None, None,
+            kv_layer, 0, 1,
+        )  # fmt: skip
+        draft = _Draft(
+            ctypes.pointer(first), counts.data_ptr(), draw.sequences.data_ptr(), None, None, draw.seed & 0xFFFFFFFFFFFFFFFF,
+            draw.temperature, len(children) - 1, draw.purpose, draw.is_coupled, 0,
+        )  # fmt: skip
         here, sizes = ctypes.byref(draft), _Sizes()
         self._check(self._library.decoder_draft_sizes(here, ctypes.byref(sizes)), tokens, call)
         empty = torch.zeros if call.rows else torch.empty  # rows that are left out must not hold chance
@@ -218,13 +232,6 @@ class Decoder:
             ctypes.pointer(self._model), ctypes.pointer(call), tokens.data_ptr(), keep.data_ptr(), logits.data_ptr(),
             best.data_ptr(), scratch.data_ptr(), kv_layer, 0, keep.shape[0],
         )  # fmt: skip
-
-    @staticmethod
-    def _check_shapes(tokens: Tensor, call: attention.Call) -> None:
-        wanted = call.batch, call.queries
-        if tokens.dtype != torch.int64 or tokens.shape != wanted or not tokens.is_contiguous():
-            raise ValueError(f"decoder refused: the call reads contiguous int64 tokens {list(wanted)}, got {tokens.dtype} "
-                             f"{list(tokens.shape)}")
 
     def _room(self, name: str, floats: int) -> Tensor:
         """Working memory of this thread that stays and grows."""

@@ -184,8 +184,8 @@ static void take_drawn(Noise noise, const float *law, float *left, int64_t n, in
 }
 
 /* The children of one fed node of sequence b, given its logits. space: [2, vocab] floats of working memory. */
-static void choose_children(const Draft *d, const Levels *l, int b, int fed, int64_t position, const float *logits, int64_t best,
-                            float *space) {
+static void choose_children(const Draft *d, const Levels *l, int b, int fed, int64_t position, const float *logits,
+                            int64_t best, float *space) {
     int64_t n = d->first->model->vocab, *tokens = d->tokens + (int64_t)b * d->nodes + l->child[fed] - 1;
     int count = d->children[l->node[fed]];
     Least least = {.most = count};
@@ -213,7 +213,8 @@ static void choose_level(const Draft *d, const Levels *l, int level, const int64
     for (int64_t i = s.member; i < (int64_t)row_count(c) * width; i += s.team) {
         int b = c->rows ? c->rows[i / width] : (int)(i / width), fed = at + (int)(i % width);
         int64_t row = (int64_t)b * width + i % width;
-        choose_children(d, l, b, fed, committed[b] + level + 1, f->logits + row * vocab, f->best[row], space + 2 * s.member * vocab);
+        choose_children(d, l, b, fed, committed[b] + level + 1, f->logits + row * vocab, f->best[row],
+                        space + 2 * s.member * vocab);
         for (int v = l->child[fed]; v < l->child[fed] + d->children[l->node[fed]]; v++)
             if (l->place[v] >= 0)
                 next[(int64_t)b * following + l->place[v] - l->first[level + 1]] = d->tokens[(int64_t)b * d->nodes + v - 1];

@@ -56,7 +56,8 @@ def check_code(code: int, call: Call) -> None:
         2: f"head size {call.dim} is not a multiple of the vector width, or above {MAX_DIM}",
         3: f"{call.queries} queries per sequence; 1 to {MAX_QUERIES} are possible",
         4: f"{call.nodes} corner nodes; 1 to {MAX_NODES} are possible, and every query must be one of them",
-        5: f"{call.threads} threads", 6: "the workspace is missing", 7: "a row to attend for is not in the batch, or rows do not ascend",
+        5: f"{call.threads} threads", 6: "the workspace is missing",
+        7: "a row to attend for is not in the batch, or rows do not ascend",
     }
     beyond = f"row {code - 1000} has more committed tokens and nodes than its {call.slots} slots hold"
     if call.index:

@@ -43,7 +43,8 @@ static void divide(double *x, int64_t n, double by) {
 /* A uniform in [0, 1) of a position: the first word of block `lane`. */
 static double uniform_of(const Walk *w, int b, int purpose, int lane) {
     vu words[4];
-    philox_lanes((uint32_t)lane, (uint32_t)(w->first[b] + w->level), (uint32_t)w->sequences[b], (uint32_t)purpose, w->seed, words);
+    uint32_t position = (uint32_t)(w->first[b] + w->level), sequence = (uint32_t)w->sequences[b];
+    philox_lanes((uint32_t)lane, position, sequence, (uint32_t)purpose, w->seed, words);
     return words[0][0] * 0x1p-32;
 }
 
@@ -72,8 +73,9 @@ static int match(const Walk *w, int b, int child, int count, int64_t *token) {
 }
 
 /* Rank of the first child that passes its test, 0: none, and then the token is drawn from what the refusals left. */
-static int test(const Walk *w, int b, int child, int count, const float *drawn_from, double *left, double *offered, int64_t *token) {
+static int test(const Walk *w, int b, int child, int count, const float *drawn_from, double *space, int64_t *token) {
     int64_t n = w->vocab;
+    double *left = space, *offered = space + n;
     for (int64_t i = 0; i < n; i++) left[i] = w->law[b * n + i];
     divide(left, n, sum_of(left, n));
     for (int64_t i = 0; i < n && count; i++) offered[i] = drawn_from[i];
@@ -104,7 +106,7 @@ static int walk_row(const Walk *w, int b, double *space) {
     int child = 1, fed = 0, count = w->children[node];
     for (int64_t v = 0; v < node; v++) child += w->children[v], fed += w->children[v] > 0;
     const float *from = w->drawn_from ? w->drawn_from + ((int64_t)b * w->fed + fed) * w->vocab : NULL;
-    int rank = w->drawn_from ? test(w, b, child, count, from, space, space + w->vocab, &token) : match(w, b, child, count, &token);
+    int rank = from ? test(w, b, child, count, from, space, &token) : match(w, b, child, count, &token);
     made[1 + 2 * w->depth + w->level] = token;
     if (!rank) return 0;
     made[0] = w->level + 1, made[1 + w->level] = w->node[b] = child + rank - 1, made[1 + w->depth + w->level] = rank;
@@ -127,6 +129,7 @@ int tree_walk_step(const Walk *w) {
     }
     int moving = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(w->threads) reduction(+ : moving) if (w->threads > 1 && w->batch > 1)
-    for (int b = 0; b < w->batch; b++) moving += walk_row(w, b, w->space ? w->space + 2 * omp_get_thread_num() * w->vocab : NULL);
+    for (int b = 0; b < w->batch; b++)
+        moving += walk_row(w, b, w->space ? w->space + 2 * omp_get_thread_num() * w->vocab : NULL);
     return moving;
 }

@@ -17,7 +17,8 @@ _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 class _Walk(ctypes.Structure):
     _fields_: ClassVar[Any] = [
-        *((n, _P) for n in ("law", "drawn_from", "tokens", "exists", "children", "sequences", "first", "node", "made", "space")),
+        *((n, _P) for n in ("law", "drawn_from", "tokens", "exists", "children")),
+        *((n, _P) for n in ("sequences", "first", "node", "made", "space")),
         ("seed", ctypes.c_uint64), ("vocab", _I64),
         *((n, _I32) for n in ("batch", "nodes", "fed", "depth", "level", "target", "accept", "residual", "threads")),
     ]  # fmt: skip
@@ -50,7 +51,8 @@ class Walk:
             call.space = self._space.data_ptr()
         moving = load_library().tree_walk_step(ctypes.byref(call))
         if moving < 0:
-            raise ValueError("tree_walk refused: the numbers of children are not those of a tree of this depth with as many laws")
+            raise ValueError("tree_walk refused: the numbers of children are not those of a tree of this depth and as many "
+                             "laws")  # fmt: skip
         call.level += 1
         return bool(moving)
 
@@ -83,7 +85,8 @@ def start(
 
 
 def _why_wrong(
-    tokens: Tensor, exists: Tensor | None, children: tuple[int, ...], drawn_from: Tensor | None, sequences: Tensor, first: Tensor
+    tokens: Tensor, exists: Tensor | None, children: tuple[int, ...], drawn_from: Tensor | None, sequences: Tensor,
+    first: Tensor,
 ) -> str | None:
     batch, nodes = tokens.shape
     if tokens.dtype != torch.int64 or len(children) != nodes + 1:
