@@ -18,6 +18,7 @@ from specdec_lab.cli import main
 from specdec_lab.engine import cache_positions, network
 from specdec_lab.engine.attention import chain_reads, draft_step_reads
 from specdec_lab.engine.backends import BackendUnavailable
+from specdec_lab.engine.batch import Batch
 from specdec_lab.engine.cache import KvCache
 from specdec_lab.engine.cache_positions import CachePositions, MovedPlan
 from specdec_lab.engine.models.rotation import FAMILIES, Rotation, turn
@@ -71,6 +72,7 @@ def drafting(monkeypatch):
         rounds.append((texts, found[0], list(logits)))
         return found
 
+    monkeypatch.setattr(Batch, "draft_draw", lambda self: None)  # a forward per level, so that its logits are seen
     monkeypatch.setattr(Network, "score", scored)
     monkeypatch.setattr(Session, "_propose", proposed)
 
