@@ -13,6 +13,7 @@ from .. import machine
 from ..records import Spread
 from ..summary import PairedRatio, paired_ratio
 from .kernel_shapes import KernelShape
+from .provenance import made_with
 
 SCHEMA = "specdec_lab.attention/1"
 FITS, CACHE_UNKNOWN, BUSY = "KV fits in cache", "size of the last-level cache unknown", "machine busy"
@@ -171,9 +172,8 @@ class AttentionReport:
         about = self.header
         checked = "; ".join(f"{name} {report['cases']} cases" for name, report in self.conformance.items())
         before, after = ("?" if load is None else f"{load:.1f}" for load in about["load_average"])
-        place = f"{about['machine']['cpu']}, {about['machine']['cores']} cores, torch {about['versions'].get('torch')}"
-        when = f"commit {about['commit'][:12]}, {about['created']}, load {before} before and {after} after"
-        return f"{place}, {when}\nconformance: {checked}, all green"
+        place, load = f"{about['machine']['cpu']}, {about['machine']['cores']} cores", f"load {before} before and {after} after"
+        return f"{place}, {made_with(about)}, {load}\nconformance: {checked}, all green"
 
 
 EXPLAINED = (

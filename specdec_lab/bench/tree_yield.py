@@ -6,7 +6,6 @@ here: time. A larger tree always yields more; what it costs is weighed by `trees
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .. import machine
 from ..records import Cell, Run, TreeShape
 from ..stream import record
 from ..trees import Drafting, best_tree, expected_tokens
 from ..workload import Sampling
 from .acceptance import AcceptanceReport, measure_acceptance
+from .provenance import made_with, provenance
 from .sessions import Sessions
 
 if TYPE_CHECKING:
@@ -92,8 +91,7 @@ class TreeYields:
     header: dict[str, Any]
 
     def __str__(self) -> str:
-        about = self.header
-        made = f"{about['device']}, torch {about['versions'].get('torch')}, commit {about['commit'][:12]}, {about['created']}"
+        made = f"{self.header['device']}, {made_with(self.header)}"
         return "\n".join([*_rank_lines(self.entries), "", *_contest_lines(self.entries), made])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -135,8 +133,7 @@ def measure_yields(
                 say("  ".join(map(str, _rank_row(entry))))
     identity = engine.identity()
     header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": identity.device,
-        "base": dict(identity.base), "machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit(),
+        **provenance(), "device": identity.device, "base": dict(identity.base),
         "workload": workload, "new_tokens": new_tokens, "batch": batch, "seed": seed, "verifier": verifier,
     }  # fmt: skip
     return TreeYields(tuple(entries), header)

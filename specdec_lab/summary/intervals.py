@@ -1,4 +1,4 @@
-"""Intervals: of a proportion, and of a ratio measured in paired blocks. Knows arithmetic only."""
+"""How far values lie apart, and intervals: of a proportion, and of a ratio measured in paired blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from ..records import Spread
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median with the 5th and 95th percentile; zeros without values."""
+    if not values:
+        return Spread(0.0, 0.0, 0.0, 0)
+    p05, median, p95 = np.percentile(np.asarray(values, dtype=np.float64), (5, 50, 95))
+    return Spread(float(median), float(p05), float(p95), len(values))
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

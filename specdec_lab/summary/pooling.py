@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from ..records import PHASES, Run, Spread, StepRecord, Summary, forced_label
+from ..records import PHASES, Run, StepRecord, Summary, forced_label
 from ..trees import Counts, observed
+from .intervals import spread
 from .rates import acceptance
 
 
@@ -16,13 +15,6 @@ def steady_rounds(runs: Iterable[Run]) -> tuple[StepRecord, ...]:
     """The rounds that timing is taken from: all rows live and none of them cut; where there is none such, all."""
     rounds = [s for run in runs for s in run.rounds]
     return tuple(s for s in rounds if all(s.live) and not any(s.censored)) or tuple(rounds)
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    if not values:
-        return Spread(0.0, 0.0, 0.0, 0)
-    p05, median, p95 = np.percentile(np.asarray(values, dtype=np.float64), (5, 50, 95))
-    return Spread(float(median), float(p05), float(p95), len(values))
 
 
 def _per(total: float, count: float) -> float:
@@ -82,9 +74,9 @@ def _timing(rounds: Sequence[StepRecord]) -> dict[str, Any]:
     attention_s = sum(s.attention_s for s in rounds)
     kv_floor_s = sum(s.kv_floor_s for s in rounds)
     return {
-        "step_s": _spread([s.wall_s for s in rounds]),
+        "step_s": spread([s.wall_s for s in rounds]),
         "tokens_per_s": _per(sum(s.num_emitted for s in rounds), sum(s.wall_s for s in rounds)),
-        "tokens_per_s_spread": _spread([s.num_emitted / s.wall_s for s in rounds if s.wall_s]),
+        "tokens_per_s_spread": spread([s.num_emitted / s.wall_s for s in rounds if s.wall_s]),
         "parts_s": {name: _per(sum(getattr(s, name) for s in rounds), len(rounds)) for name in PHASES},
         "kv_read_bytes": _per(sum(s.kv_read_bytes + s.draft_kv_read_bytes for s in rounds), len(rounds)),
         "kv_floor_share": kv_floor_s / attention_s if kv_floor_s and attention_s else None,
