@@ -20,6 +20,7 @@ from ..workload import Sampling
 from .acceptance import AcceptanceReport, measure_acceptance
 from .provenance import made_with, provenance
 from .sessions import Sessions
+from .tables import aligned, github
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
@@ -100,7 +101,7 @@ class TreeYields:
     @property
     def markdown(self) -> str:
         """Both tables for a README."""
-        return "\n".join([*_as_markdown(_rank_rows(self.entries)), "", *_as_markdown(_contest_rows(self.entries))])
+        return "\n".join([*github(_rank_rows(self.entries)), "", *github(_contest_rows(self.entries))])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, one row of the bench folder."""
@@ -208,21 +209,11 @@ def _contest_rows(entries: Iterable[Entry]) -> list[list[str]]:
     return rows
 
 
-def _as_columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _rank_lines(entries: Iterable[Entry]) -> list[str]:
     title = "chance that child k of an accepted node is the accepted one, pooled over depths"
-    return [title, *_as_columns(_rank_rows(entries))]
+    return [title, *aligned(_rank_rows(entries))]
 
 
 def _contest_lines(entries: Iterable[Entry]) -> list[str]:
     title = "tokens of a round, measured ± standard error over rows (expected by the ranks above), at equal size"
-    return [title, *_as_columns(_contest_rows(entries))]
-
-
-def _as_markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    return [title, *aligned(_contest_rows(entries))]

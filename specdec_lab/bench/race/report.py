@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ... import machine
 from ...summary import PairedRatio
 from ..provenance import provenance
+from ..tables import aligned, github
 from .ours import GROUP, PLAIN
 from .rows import SCHEMA, CellResult, Row
 
@@ -50,12 +51,12 @@ class RaceReport:
     def markdown(self) -> str:
         """The same for a README: one table, what was not timed, and on what it ran."""
         head = ("cell", *HEAD)
-        rule = ["---" if name in ("cell", "peer", "note") else "--:" for name in head]
+        numbers = [i for i, name in enumerate(head) if name not in ("cell", "peer", "note")]
         rows = [(str(result.cell), *cells(row, result)) for result in self.results for row in result.rows if row.is_timed]
-        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
         labels = [f"{r.cell}: {', '.join(r.rows[0].labels)}" for r in self.results if r.rows and r.rows[0].labels]
         others = [f"- {line}" for line in (*labels, *_not_timed(self.results), *_notices(self.results))]
-        return "\n".join([*lines, "", *others, *([""] if others else []), LEGEND, "", about(self.header)]) + "\n"
+        table = github([head, *rows], numbers)
+        return "\n".join([*table, "", *others, *([""] if others else []), LEGEND, "", about(self.header)]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -132,7 +133,7 @@ def _cell_lines(result: CellResult) -> list[str]:
         return [f"{result.cell}  skipped: {result.skipped}"]
     labels = f"  [{', '.join(result.rows[0].labels)}]" if result.rows[0].labels else ""
     timed = [cells(row, result) for row in result.rows if row.is_timed]
-    table = columns([HEAD, *timed]) if timed else []
+    table = aligned([HEAD, *timed]) if timed else []
     return [f"{result.cell}{labels}", *(f"  {line}" for line in table), *(f"  {line}" for line in _not_timed((result,), ""))]
 
 
@@ -148,9 +149,3 @@ def _not_timed(results: Sequence[CellResult], lead: str = "{cell} ") -> Iterable
 
 def _notices(results: Sequence[CellResult]) -> list[str]:
     return [notice for result in results for notice in result.notices]
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of texts as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
