@@ -34,7 +34,9 @@ from specdec_lab.tune import Progress, Protocol
 from specdec_lab.tune.folder import RunFolder
 from specdec_lab.workload import KINDS
 
-VERBS = ("load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "bench", "gpu", "acceptance", "demo")
+VERBS = (
+    "load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "limits", "bench", "gpu", "acceptance", "demo"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
