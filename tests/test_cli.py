@@ -545,6 +545,17 @@ def test_export_options_reach_the_engine():
     assert '"prompt_lookup_max": 3' in call(*words, "--to", "vllm")[1].replace("\\", "")
 
 
+def test_a_folder_of_traces_is_replayed_in_the_order_of_recording(tmp_path):
+    moments = {"a": "2026-01-01T00:00:02.000+00:00", "b": "2026-01-01T00:00:00.500+00:00", "c": "2026-01-01T00:00:02.000+00:00"}
+    blocks = {"a": 3, "b": 1, "c": 2}
+    for name, moment in moments.items():
+        run = builders.run_of(builders.off_step(), created=moment, block=blocks[name], config="off", run_id=name)
+        write_run(run, tmp_path / f"{name}.jsonl")
+    code, out, _ = call("replay", str(tmp_path), "--json")
+    assert code == 0
+    assert [run["header"]["run_id"] for run in json.loads(out)["runs"]] == ["b", "c", "a"]
+
+
 def test_replay_repeats_a_run_and_counts_damaged_lines():
     run = builders.run_of(builders.prefill_step(), builders.round_step((1, 2)), builders.round_step((3, 0)))
     path = write_run(run, "run.jsonl")

@@ -78,7 +78,8 @@ class AcceptanceReport:
         ]  # fmt: skip
         if self.rivals:
             lines += ["", *_rivals_table(self.rivals)]
-        made = f"{about['device']}, torch {about['versions'].get('torch')}, commit {about['commit'][:12]}, {about['created']}"
+        versions, day = about["versions"], about["created"][:10]
+        made = f"{about['device']}, torch {versions.get('torch')}, commit {about['commit'][:12]}, {day}"
         return "\n".join([*lines, "", made])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
