@@ -44,10 +44,10 @@ class LimitTable:
         )
 
     def __str__(self) -> str:
-        from .policies import columns
+        from ..bench.tables import aligned
 
         half = "; ".join(f"{length:,.0f} tokens at batch {batch}" for batch, length in self.half)
-        lines = [f"{TITLE}: an upper bound, nothing was measured", self.about, "", *columns([HEAD, *map(_texts, self.rows)])]
+        lines = [f"{TITLE}: an upper bound, nothing was measured", self.about, "", *aligned([HEAD, *map(_texts, self.rows)])]
         return "\n".join([*lines, "", f"KV takes half of a plain step from here on: {half}"])
 
     def figure(self, *, dark: bool = False) -> go.Figure:

@@ -6,7 +6,6 @@ reading the architecture; what a round does is in session.py. Not known here: vi
 
 from __future__ import annotations
 
-import datetime
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -219,7 +218,7 @@ class Engine:
         """Everything that a number of a run needs to be believed."""
         device = self.pair.target.device
         return RunHeader(
-            run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            run_id=secrets.token_hex(6), created=machine.now(),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
             config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
             draft=_facts(self.pair.draft, self._draft_backend, self.rounds)
