@@ -175,4 +175,4 @@ def test_a_row_of_the_bench_folder_names_what_it_was_made_with(monkeypatch):
     monkeypatch.setattr(machine, "commit", lambda: "0123456789abcdef-dirty")
     made = provenance()
     assert made["versions"]["specdec_lab"] == __version__
-    assert made_with(made) == f"torch {made['versions']['torch']}, commit 0123456789ab-dirty, {made['created']}"
+    assert made_with(made) == f"torch {made['versions']['torch']}, commit 0123456789ab-dirty, {made['created'][:10]}"

@@ -17,5 +17,5 @@ def provenance() -> dict[str, Any]:
 
 
 def made_with(header: Mapping[str, Any]) -> str:
-    """torch, commit and time in one line; a commit whose files were changed says so."""
-    return f"torch {header['versions'].get('torch')}, commit {machine.short(header['commit'])}, {header['created']}"
+    """torch, commit and day in one line; a commit whose files were changed says so."""
+    return f"torch {header['versions'].get('torch')}, commit {machine.short(header['commit'])}, {header['created'][:10]}"

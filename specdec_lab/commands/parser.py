@@ -49,8 +49,10 @@ def build_parser(prog: str = SHELL) -> Parser:
     from .acceptance_parser import add_acceptance
     from .bench_parser import add_bench
     from .gpu_parser import add_gpu
+    from .limits_parser import add_limits
 
-    for add in (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_bench, add_gpu, add_acceptance, _demo):
+    known = (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_limits, add_bench, add_gpu, add_acceptance)
+    for add in (*known, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     OpenNotebook = Callable[[Sequence[str]], Notebook]
 
+RECORDED = Path(__file__).parents[2] / "tuning_db" / "AMD_EPYC_2t" / "traces"  # of `specdec-lab profile`, shipped
 IMPORTS = "import synthetic, threading, ipywidgets\nfrom specdec_lab.view import LiveRun"
 PROFILE = """live = LiveRun(
     synthetic.profile(["8x4096", "1x1024"], ["off", "self:4+60/chain3"], blocks={blocks}, count={count}, pace_s={pace}),
@@ -164,6 +165,23 @@ def test_dark_and_narrow_pages_are_followed(notebook: OpenNotebook, artefacts: P
     book.await_view("d.theme === 'light'")
     book.page.wait_for_function("() => document.querySelector('.specdec canvas').clientWidth > 1000")
     book.page.locator(".specdec").screenshot(path=artefacts / "view-light.png", animations="disabled")
+
+
+def test_a_recorded_run_is_shown_again_as_it_happened(notebook: OpenNotebook, artefacts: Path) -> None:
+    """The pictures of the README are taken here: `make pictures`."""
+    book = notebook(["%load_ext specdec_lab", f"recorded = %specdec replay {RECORDED} --speed 20\nrecorded"])
+    book.run_cell(0)
+    book.run_cell(1)
+    book.await_view("d.state === 'finished' && Number(d.steps) > 100")
+    shown = book.page.locator(".specdec").inner_text()
+    for words in ("8x4096", "1x1024", "self:4+252/chain4", "vs plain decoding"):
+        assert words in shown
+    assert "forced" not in shown, "a recording of what was measured"
+    for theme, name in (("JupyterLab Light", "light"), ("JupyterLab Dark", "dark")):
+        book.set_theme(theme)
+        book.await_view(f"d.theme === '{name}'")
+        assert book.count_pixels(KV.colour) > 2000
+        book.page.locator(".specdec").screenshot(path=artefacts / f"recorded-{name}.png", animations="disabled")
 
 
 def test_after_a_reload_the_view_is_back_and_goes_on(notebook: OpenNotebook) -> None:
