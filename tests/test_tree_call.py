@@ -145,7 +145,7 @@ def test_of_equal_logits_the_lower_token_comes_first_here_and_level_by_level():
     flat = torch.zeros(3, 1, CHAIN["vocab"])
     flat[:, :, 70:75] = 1.0
     lower, _ = tree_verify.choose_children(
-        Scores(flat), 7, case.committed, Processor(0.0), "rejection", Noise(0, NOISE["sequences"])
+        Scores(flat), 7, case.committed, Processor(0.0), "rejection", Noise(0, NOISE["sequences"]), tree_verify.lower_of_equals
     )
     assert lower[0, 0].tolist() == [70, 71, 72, 73, 74, 0, 1]
     case.weights = replace(case.weights, head=torch.zeros(CHAIN["vocab"], 48))

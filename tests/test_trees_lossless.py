@@ -211,9 +211,9 @@ def test_text_from_trees_follows_the_joint_law_where_torch_drafts_and_decides(co
     assert p_value(config, verifier=verifier) > 1e-3
 
 
-def likeliest_first(scores, most, position, processor, verifier, noise):
+def likeliest_first(scores, most, position, processor, verifier, noise, take):
     """The right children, put in order of probability rather than of their draw."""
-    tokens, law = choose_children(scores, most, position, processor, verifier, noise)
+    tokens, law = choose_children(scores, most, position, processor, verifier, noise, take)
     order = law.gather(-1, tokens).argsort(-1, descending=True)
     return tokens.gather(-1, order), law
 

@@ -19,7 +19,7 @@ from .batch import Batch, Forward, count_forward
 from .clocks import Phase
 from .network import DRAFT, Network
 from .tree_layout import Layout, breadth_first, layout_of
-from .tree_verify import choose_children
+from .tree_verify import choose_children, lower_of_equals
 from .verify import Proposal
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _level_by_level(
         scores = network.score(fed, reads, len(level.depths), DRAFT)
         network.clock.enter(Phase.DRAFT_OTHER)
         chosen, law = choose_children(
-            scores, level.most, committed + depth + 1, batch.processor, batch.verifier, batch.noise
+            scores, level.most, committed + depth + 1, batch.processor, batch.verifier, batch.noise, lower_of_equals
         )
         tokens.append(chosen.flatten(1).index_select(1, level.pick))
         if law is not None:

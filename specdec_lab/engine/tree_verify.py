@@ -38,8 +38,27 @@ from .verify import Decision, Proposal
 _PURPOSES = Purposes(int(Purpose.TARGET), int(Purpose.ACCEPT), int(Purpose.RESIDUAL))
 
 
+Take = Callable[[Tensor, int], Tensor]
+
+
+def any_of_equals(values: Tensor, most: int) -> Tensor:
+    """Indices [..., most] of the largest values [..., V], in order. Asks the host nothing."""
+    return values.topk(most, dim=-1).indices
+
+
+def lower_of_equals(values: Tensor, most: int) -> Tensor:
+    """The same, on a CPU with the lower of equals first, as in the compiled decoder; elsewhere looking would be waiting."""
+    if values.device.type != "cpu":
+        return any_of_equals(values, most)
+    found = values.topk(min(most + 1, values.shape[-1]), dim=-1)
+    if bool((found.values[..., 1:] == found.values[..., :-1]).any()):
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    return found.indices[..., :most]
+
+
 def choose_children(
-    scores: Scores, most: int, position: Tensor, processor: Processor, verifier: str, noise: Noise
+    scores: Scores, most: int, position: Tensor, processor: Processor, verifier: str, noise: Noise,
+    take: Take = any_of_equals,
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, T, most] for the children of T nodes, best or first drawn first, and the laws [B, T, V] they were drawn from.
 
@@ -48,11 +67,11 @@ def choose_children(
     coupled    the largest of log Q + Gumbel noise, which is such a draw too (Vieira 2014), with plain sampling's noise
     """
     if processor.is_greedy:
-        return scores.best[..., None] if most == 1 else largest(scores.logits, most), None
+        return scores.best[..., None] if most == 1 else take(scores.logits, most), None
     law = processor.law(scores.logits)
     if verifier == "coupled":
         gumbel = noise.gumbel(position[:, None], law.shape[-1], Purpose.TARGET)  # [B, 1, V]
-        return largest(law.double().log() + gumbel, most), None
+        return take(law.double().log() + gumbel, most), None
     lanes = torch.arange(most, device=position.device)
     uniforms = noise.uniform(position[:, None].expand(-1, most), Purpose.DRAFT, lanes)  # [B, most]
     left, tokens = law.double(), []
@@ -61,17 +80,6 @@ def choose_children(
         if rank + 1 < most:
             left = left.scatter(-1, tokens[-1][..., None], 0.0)
     return torch.stack(tokens, -1), law
-
-
-def largest(values: Tensor, most: int) -> Tensor:
-    """Indices [..., most] of the largest values [..., V], in order; of equals the lower, as in the compiled decoder.
-
-    On a device any of equals, as topk takes them: to look for equals would be to wait for it.
-    """
-    found = values.topk(min(most + 1, values.shape[-1]) if values.device.type == "cpu" else most, dim=-1)
-    if values.device.type == "cpu" and bool((found.values[..., 1:] == found.values[..., :-1]).any()):
-        return values.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    return found.indices[..., :most]
 
 
 Over = Callable[[Tensor], bool]
