@@ -19,7 +19,7 @@ from specdec_kernels.sample_rows.reference import Drawn
 from specdec_lab.engine import attention, tree_layout
 from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.engine.clocks import Phase, PhaseClock
-from specdec_lab.engine.device import graphs, readings
+from specdec_lab.engine.device import flights, graphs, readings
 from specdec_lab.engine.device import session as device_session
 from specdec_lab.engine.device.deciding import TorchDeciding
 from specdec_lab.engine.device.forward import Net
@@ -304,7 +304,7 @@ def test_results_are_read_once_per_flight(device, monkeypatch):
     monkeypatch.setattr(readings.HostPost, "send", send)
     run = sd.record(device.steps(workload((9, 20), 64, stop_at_eos=False), "off"))
     assert len(run.rounds) == 64
-    assert len(sent) == len(opened_letters) == 64 // device_session.ROUNDS_PER_READ
+    assert len(sent) == len(opened_letters) == 64 // flights.ROUNDS_PER_READ
 
 
 def test_without_an_end_token_no_round_is_played_in_vain(device, monkeypatch):
