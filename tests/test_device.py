@@ -221,8 +221,8 @@ def to_meta(value):
 class Timeless(ReferenceOps):
     """Stamps are the only thing that a host writes, and only where it does the work."""
 
-    def plan(self, feed, base, kv, heads, window, stamps):
-        return super().plan(feed, base, kv, heads, window, None)
+    def plan(self, feed, base, kv, heads, window, stamps, lists=None):
+        return super().plan(feed, base, kv, heads, window, None, lists)
 
     def stamp(self, table, number, column):
         pass
@@ -261,11 +261,13 @@ def no_kernels():
         accept_tree=lambda tokens, children, *more: Accepted.empty(
             tokens.shape[0], more[-1], children.shape[1], tokens.device),
         draw_residual=lambda target, *_: Drawn.empty(target.shape[0], device=target.device),
+        ngram_match=lambda ids, lengths, sizes, depth, work: (ids.new_empty(ids.shape[0], depth), ids.new_empty(ids.shape[0])),
     )  # fmt: skip
 
 
 class NoKernels(TritonOps):
-    def plan(self, feed, base, kv, heads, window, stamps):
+    def plan(self, feed, base, kv, heads, window, stamps, lists=None):
+        assert lists is None or lists.device.type == "meta"
         assert {feed.words.device, base.device, kv.device} == {torch.device("meta")}
         assert window is None or window.device.type == "meta"
         return feed
