@@ -25,7 +25,7 @@ from specdec_lab.engine.device.deciding import TorchDeciding
 from specdec_lab.engine.device.forward import Net
 from specdec_lab.engine.device.kernel_deciding import KernelDeciding, RoundKernels
 from specdec_lab.engine.device.ops import ReferenceOps, TritonOps
-from specdec_lab.engine.device.plan import check_memory, plan
+from specdec_lab.engine.device.plan import check_memory, list_bytes, plan
 from specdec_lab.engine.device.program import Program
 from specdec_lab.engine.device.readings import SyncedNow
 from specdec_lab.engine.device.round import Stage, play
@@ -380,6 +380,21 @@ def test_rounds_are_replays_of_one_graph_whatever_window_or_length(captured, hos
     assert engine.identity().base["graphs"] is True
 
 
+def test_lists_are_values_of_a_graph_and_only_their_budget_is_a_key(captured, host):
+    engine, cuda = captured
+    asked = workload((9, 40, 17), 24, stop_at_eos=False)
+    opened = engine.open(asked)
+    for config in ("self:snapkv8+4/chain3", "self:snapkv8+3r5/chain3", "self:snapkv8+9/chain3"):
+        run, expected = sd.record(opened.steps(config)), sd.record(host.steps(asked, config))
+        assert [step.tokens for step in run.rounds] == [step.tokens for step in expected.rounds]
+    assert len(cuda.graphs) == 1
+    others = (2, "self:snapkv7+4/chain3"), (3, "self:4+8/chain3"), (4, "ngram/chain3"), (4, "self:4+7/chain3")
+    for graphs_made, config in others:
+        run, expected = sd.record(opened.steps(config)), sd.record(host.steps(asked, config))
+        assert [step.tokens for step in run.rounds] == [step.tokens for step in expected.rounds]
+        assert len(cuda.graphs) == graphs_made, config
+
+
 def test_parts_of_a_round_sum_to_its_wall_time_exactly(pair):
     ticks = iter(range(0, 10**9, 128))
     stage, program = stage_of(pair, GREEDY, ops=ReferenceOps(lambda: next(ticks))), Program.of(
@@ -442,6 +457,8 @@ def test_memory_is_planned_before_it_is_allocated_and_what_fits_is_named(pair):
     made = plan(pair, 8, 2000, 8)
     assert made.target_kv == pair.target.new_cache(8, 2000).kv.nbytes
     assert made.draft_kv == pair.draft.new_cache(8, 2000).kv.nbytes
+    assert made.lists == 3 * list_bytes(pair.target, 8, 2048)
+    assert made.total == sum(int(part.rsplit(" ", 1)[1].replace(",", "")) for part in str(made).split(", "))
     assert check_memory(pair, 8, 2000, 8, made.total) == made
     assert check_memory(pair, 8, 2000, 8, None) == made
     with pytest.raises(CacheTooLarge, match=r"8 sequences x 2000 tokens need .*target kv .* 5 sequences fit") as error:

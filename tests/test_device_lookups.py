@@ -17,6 +17,7 @@ from specdec_lab.engine.batch import count_forward
 from specdec_lab.engine.device import flights, graphs, readings
 from specdec_lab.engine.device.booking import FULL
 from specdec_lab.engine.device.kernel_deciding import KernelDeciding
+from specdec_lab.engine.device.plan import list_bytes
 from specdec_lab.engine.device.program import Program
 from specdec_lab.engine.device.round import play
 from specdec_lab.engine.device.state import DRAFTED
@@ -307,6 +308,7 @@ def test_lists_lie_in_one_buffer_per_budget_that_never_moves(device):
     for config in ("self:snapkv8+4/chain2", "self:snapkv8+3r5/chain2", "self:snapkv8+4r2/2,1"):
         sd.record(opened.steps(config))
         (buffer,) = opened._session._stage.lists.values()
+        assert buffer.nbytes == list_bytes(device.pair.target, 2, 8)
         places.add(buffer.data_ptr())
     assert len(places) == 1
     sd.record(opened.steps("self:snapkv6+4/chain2"))
