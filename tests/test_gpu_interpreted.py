@@ -48,7 +48,8 @@ def test_the_triton_back_end_is_among_ours_and_right():
 
 
 @pytest.mark.parametrize("case", [round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse,
-                                  round_kernels.accept, round_kernels.sample_rows, round_kernels.noise])  # fmt: skip
+                                  round_kernels.accept, round_kernels.sample_rows, round_kernels.noise,
+                                  round_kernels.ngram_match])  # fmt: skip
 def test_the_cases_of_round_kernels_run_the_kernels_and_find_them_right(case):
     ours, reference = round_kernels.both("row_lse", CPU)
     assert ours is not reference

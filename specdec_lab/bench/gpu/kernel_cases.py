@@ -100,5 +100,5 @@ def _sorted(items: Tensor) -> Tensor:
 
 CASES: tuple[Case, ...] = (
     _reads, _work_list, round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse, round_kernels.accept,
-    round_kernels.sample_rows, round_kernels.noise,
+    round_kernels.sample_rows, round_kernels.noise, round_kernels.ngram_match,
 )

@@ -118,7 +118,7 @@ LARGE, SMALL = SHAPES["Llama-3.1-8B"], SHAPES["1.7B"]
 CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 
 FULL = Sizes(
-    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=4, kernels=(*VERIFY, *DRAFT),
+    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=7, kernels=(*VERIFY, *DRAFT),
     round_size=RoundSize(32, 4, 1024, LARGE),
     models=(
         ModelCells("1.7B", "random:qwen3-1.7b", SMALL, CELLS),
