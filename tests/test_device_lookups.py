@@ -21,6 +21,7 @@ from specdec_lab.engine.device.plan import list_bytes
 from specdec_lab.engine.device.program import Program
 from specdec_lab.engine.device.round import play
 from specdec_lab.engine.device.state import DRAFTED
+from specdec_lab.engine.drafters import ModelDrafter
 from specdec_lab.engine.snapkv import SnapKv
 from specdec_lab.records import SpecConfig
 from test_device import (
@@ -315,20 +316,23 @@ def test_lists_lie_in_one_buffer_per_budget_that_never_moves(device):
     assert set(opened._session._stage.lists) == {8, 6}
 
 
-def test_what_the_host_chose_is_drafting_once_and_no_waiting(pair, monkeypatch):
-    """A clock that only choosing moves: the round behind it carries that time as drafting, and nowhere else."""
-    now = [1]
-    original = SnapKv._choose
+@pytest.mark.parametrize("of", [(SnapKv, "_choose", ["self:snapkv8+4r6/chain2"]),
+                                (ModelDrafter, "catch_up", ["self:4+8/chain2", "model:4+8/chain2"])], ids=["lists", "model"])
+def test_what_the_host_did_for_drafts_is_drafting_once_and_no_waiting(pair, of, monkeypatch):
+    """A clock that only this work moves: the round behind it carries that time as drafting, and nowhere else."""
+    room, name, order = of
+    now, asks = [1], iter(range(1000))
+    original = getattr(room, name)
 
-    def choose(self, *given):
+    def work(self, *given):
         now[0] += 1_000_000
         return original(self, *given)
 
-    monkeypatch.setattr(SnapKv, "_choose", choose)
-    opened = sd.Engine(pair, "sdpa", rounds="eager").open(workload((9, 40), 30, stop_at_eos=False))
+    monkeypatch.setattr(room, name, work)
+    opened = sd.Engine(pair, "sdpa", rounds="eager").open(workload((9, 40), 80, stop_at_eos=False))
     session = opened._session
     session._now, session._ops.now = (lambda: now[0]), (lambda: now[0])
-    run = sd.record(opened.steps("self:snapkv8+4r6/chain2"))
+    run = sd.record(opened.steps(lambda *_: order[next(asks) // 5 % len(order)]))
     charged = [step for step in run.rounds if step.wall_s]
-    assert len(charged) > 1
+    assert charged
     assert all(step.wall_s == step.draft_s == pytest.approx(1e-3) for step in charged)

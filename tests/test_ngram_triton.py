@@ -48,6 +48,18 @@ def test_matches_in_any_block_of_any_program_are_found(kind, monkeypatch):
     assert made[0][0, 0] == ids[0, places[0] + 4]
 
 
+def test_offsets_beyond_two_to_the_31_elements():
+    try:
+        memory = torch.empty(2**31 + 64, dtype=torch.int64)  # pages that nobody touches cost nothing
+    except RuntimeError as error:
+        pytest.skip(f"no address space for it: {error}")
+    ids = memory.as_strided((2, 64), (2**31, 1))
+    text, lengths = padded([[9, 5, 6, 5, 6], [1, 2, 3, 4, 8, 1, 2, 3, 4]], 64)
+    ids.copy_(text)
+    tokens, counts = gpu.ngram_match(ids, lengths, SIZES, 2)
+    assert (tokens.tolist(), counts.tolist()) == ([[5, 6], [8, 1]], [2, 2])
+
+
 def test_what_does_not_fit_is_refused():
     ids, lengths = padded([[1, 2, 3]], 8)
     for given, words in (
