@@ -74,7 +74,7 @@ def play(stage: Stage, program: Program) -> tuple[Phase, ...]:
 
 
 def _draft(stage: Stage, program: Program, marks: Marks) -> list[Drafted]:
-    """Level by level: a forward of the nodes that have children, and their children chosen."""
+    """Level by level: a forward of the nodes that have children, and their children chosen. N-grams: one look into the text."""
     state, drafted = stage.state, list[Drafted]()
     if program.drafter == "ngram":
         marks.enter(Phase.DRAFT_OTHER)

@@ -158,7 +158,7 @@ class DeviceSession(Session):
             self._flights.popleft().letter.open()
         self._ready.clear()
         self._ready_live.clear()
-        self._is_stale = True
+        self._is_stale, self._prepared = True, Prepared()
 
     def _land(self) -> None:
         """The host works on the batch next: its tensors follow what was read, its clock starts anew, the device waits."""
