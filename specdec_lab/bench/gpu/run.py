@@ -54,7 +54,7 @@ def run(
 
 def stage_of(name: str) -> Callable[[Context], Iterable[Row]]:
     """The function of a stage; its module is loaded only now."""
-    found: Callable[[Context], Iterable[Row]] = import_module(f".stages.{name}", __package__).stage
+    found: Callable[[Context], Iterable[Row]] = import_module(f".stages.{name.replace('-', '_')}", __package__).stage
     return found
 
 
@@ -96,10 +96,11 @@ def _end(error: BaseException | None) -> tuple[str, str]:
 
 def apart(
     stage: Stage, ledger: Ledger, seconds: float, root: Path,
-    spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run,
+    spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run, gpt_fast: Path | None = None,
 ) -> None:
-    """Run a stage in a process of its own; one that dies or hangs is recorded as failed."""
+    """Run a stage in a process of its own; one that dies or hangs is recorded as failed, and what it had found is kept."""
     module, given = __package__ or "", ("--out", str(root), "--seconds", f"{seconds:.1f}", "--run", ledger.run)
+    given = (*given, "--gpt-fast", str(gpt_fast)) if gpt_fast else given
     command = [sys.executable, "-m", module, stage.name, *given]
     try:
         done = spawn(command, check=False, timeout=PATIENCE * seconds + PATIENCE_S)

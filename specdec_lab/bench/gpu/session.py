@@ -55,7 +55,7 @@ class Finished:
 
 def measure(
     root: Path, stages: Sequence[Stage], *, minutes: float, again: bool, say: Callable[[str], None],
-    look: Callable[[], readiness.Machine] = readiness.look,
+    look: Callable[[], readiness.Machine] = readiness.look, gpt_fast: Path | None = None,
 ) -> Finished:
     """All of it on this machine's GPU; CannotRun where there is none that will do."""
     found = look()
@@ -67,7 +67,7 @@ def measure(
     ledger = gpu_ledger(root, secrets.token_hex(4))
 
     def do(stage: Stage, ledger: Ledger, seconds: float) -> None:
-        apart(stage, ledger, seconds, root)
+        apart(stage, ledger, seconds, root, gpt_fast=gpt_fast)
 
     runs = run(stages, ledger, do, minutes=minutes, again=again, say=say)
     return Finished(ledger.path, {name: ledger.of_run(made, name) for name, made in runs.items()})
@@ -75,7 +75,7 @@ def measure(
 
 def rehearse(
     root: Path | None, stages: Sequence[Stage], *, minutes: float, again: bool, say: Callable[[str], None],
-    database: Path | None = None,
+    database: Path | None = None, gpt_fast: Path | None = None,
 ) -> Finished:
     """All of it with tiny shapes on the CPU, into a temporary folder or `root`, which must not be the `database`."""
     import torch
@@ -92,7 +92,7 @@ def rehearse(
     )
 
     def do(stage: Stage, ledger: Ledger, seconds: float) -> None:
-        here(stage, Context(torch.device("cpu"), TINY, ledger, seconds, say))
+        here(stage, Context(torch.device("cpu"), TINY, ledger, seconds, say, gpt_fast=gpt_fast))
 
     runs = run(stages, ledger, do, minutes=minutes, again=again, say=say)
     return Finished(ledger.path, {name: ledger.of_run(made, name) for name, made in runs.items()}, (REHEARSAL,))
@@ -106,11 +106,11 @@ def gpu_ledger(root: Path, name: str) -> Ledger:
     return Ledger(root / device / FILE, name, header_of(device, readiness.driver(), machine.versions()))
 
 
-def gpu_context(root: Path, name: str, seconds: float, say: Callable[[str], None]) -> Any:
+def gpu_context(root: Path, name: str, seconds: float, say: Callable[[str], None], gpt_fast: Path | None = None) -> Any:
     """For a stage in a process of its own."""
     import torch
 
     from .context import Context
     from .sizes import FULL
 
-    return Context(torch.device("cuda"), FULL, gpu_ledger(root, name), seconds, say)
+    return Context(torch.device("cuda"), FULL, gpu_ledger(root, name), seconds, say, gpt_fast=gpt_fast)
