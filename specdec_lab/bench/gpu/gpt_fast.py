@@ -192,7 +192,7 @@ def _arguments(config: Any, block: int) -> dict[str, Any]:
 
 
 def weights_of(config: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by their Hugging Face names -> by gpt-fast's, whose rotary pairs lie side by side instead of half a head apart."""
+    """Weights by their Hugging Face names -> by gpt-fast's, whose rotary pairs lie side by side, not half a head apart."""
     shape = shape_of(config)
     found = {
         "tok_embeddings.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"],

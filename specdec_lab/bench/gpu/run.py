@@ -99,9 +99,8 @@ def apart(
     spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run, gpt_fast: Path | None = None,
 ) -> None:
     """Run a stage in a process of its own; one that dies or hangs is recorded as failed, and what it had found is kept."""
-    module, given = __package__ or "", ("--out", str(root), "--seconds", f"{seconds:.1f}", "--run", ledger.run)
-    given = (*given, "--gpt-fast", str(gpt_fast)) if gpt_fast else given
-    command = [sys.executable, "-m", module, stage.name, *given]
+    command = [sys.executable, "-m", __package__ or "", stage.name, "--out", str(root), "--seconds", f"{seconds:.1f}"]
+    command += ["--run", ledger.run, *(("--gpt-fast", str(gpt_fast)) if gpt_fast else ())]
     try:
         done = spawn(command, check=False, timeout=PATIENCE * seconds + PATIENCE_S)
         how = _exit_words(done.returncode)
