@@ -18,7 +18,7 @@ class Stage:
 
     seconds  that it may take of a run of `MINUTES`
     modules  it cannot do without, beside torch
-    asks     the option without which it has nothing to do; such a stage is not among those that fit into `MINUTES`
+    asks     the option without which it has nothing to do; such a stage is beside the `MINUTES` of the others
     """
 
     name: str
@@ -38,9 +38,9 @@ STAGES = (
     Stage("correctness", 110, "kernels against float64, bits, offsets, memory checker, counted bytes"),
     Stage("kernels", 90, "attention kernels beside torch's and others, against their bars; two layouts of the cache"),
     Stage("rounds", 90, "plain, draft, verify and round times of model shapes, share of the physical limit"),
-    Stage("headline", 70, "speed-up against batch at several lengths, acceptance set"),
+    Stage("headline", 65, "speed-up against batch at several lengths, acceptance set"),
     Stage("exposed", 25, "KV load that is exposed, and the cost of context"),
-    Stage("overhead", 30, "what the instrumentation costs, in turns"),
+    Stage("overhead", 35, "what the instrumentation costs, in turns"),
     Stage("tune", 30, "a short tuning run and its policy", ("optuna",)),
     Stage("trace", 10, "a recorded run for replay"),
     Stage("peers", 65, "transformers in its settings: equal tokens first, then times on the same shape", ("transformers",)),
@@ -56,6 +56,11 @@ def chosen(names: tuple[str, ...], given: tuple[str, ...] = ()) -> tuple[Stage, 
     if names:
         return tuple(stage for stage in STAGES if stage.name in names)
     return tuple(stage for stage in STAGES if not stage.asks or stage.asks in given)
+
+
+def whole_s(stages: tuple[Stage, ...] | list[Stage], minutes: float) -> float:
+    """What a run of these stages may take: the minutes, and beside them what a stage takes that somebody asked for."""
+    return 60 * minutes + sum(seconds_of(stage, minutes) + STARTS_S for stage in stages if stage.asks)
 
 
 def seconds_of(stage: Stage, minutes: float) -> float:

@@ -56,7 +56,7 @@ def stage(context: Context) -> Iterator[Row]:
 
 def _same_tokens(context: Context, checkout: Checkout, path: str) -> Iterator[Row]:
     """The shipped pair in float32 with the very same weights: our plain greedy tokens, or no speed."""
-    cell, count = context.sizes.gate_cell, context.sizes.peer_tokens
+    cell, count = context.sizes.gate_cells[0], context.sizes.peer_tokens
     engine = Engine(load("demo", device=context.device.type, dtype="float32"))
     assert engine.pair.tokenizer is not None  # the shipped pair has one
     text = held_out("prose", cell, engine.pair.tokenizer, max_new_tokens=count, stop_at_eos=False)
