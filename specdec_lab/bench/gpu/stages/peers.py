@@ -163,7 +163,8 @@ def _gated(context: Context, settings: Settings, cell: Cell, some: Sequence[Peer
 
 
 def _verdict(context: Context, what: str, found: Verdict) -> Row:
-    return Row("same tokens", what, {"tokens": context.sizes.peer_tokens}, RED if found.is_red else PASS, EQUAL, reason=found.words)
+    values = {"tokens": context.sizes.peer_tokens}
+    return Row("same tokens", what, values, RED if found.is_red else PASS, EQUAL, reason=found.words)
 
 
 def _decoded(context: Context, peer: Peer, prompts: Rows, found: list[Rows]) -> Iterator[Row]:
