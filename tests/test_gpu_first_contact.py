@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from specdec_lab.bench.gpu import forecast, plan, run
-from specdec_lab.bench.gpu.attempts import Attempt, one_by_one
+from specdec_lab.bench.gpu.attempts import Attempt, one_by_one, one_of_theirs
 from specdec_lab.bench.gpu.context import Context, OutOfTime, Skipped
 from specdec_lab.bench.gpu.ledger import FAILED, OK, RED, Ledger, Row, header_of
 from specdec_lab.bench.gpu.plan import STARTS_S, Stage
@@ -66,6 +66,13 @@ def test_a_cell_that_breaks_keeps_its_rows_and_says_why(context, error, kind, ve
     rows = list(one_by_one(context, "32x32k", breaking(error, before)))
     assert rows[0] == before
     assert [(row.kind, row.what, row.verdict, row.reason) for row in rows[1:]] == [(kind, "32x32k", verdict, reason)]
+
+
+def test_a_contestant_that_is_not_ours_and_breaks_makes_nothing_red(context):
+    (row,) = one_of_theirs(context, "flex", breaking(TheirOwnError("no registers left")))
+    assert (row.kind, row.verdict, row.reason) == ("failed", None, "TheirOwnError: no registers left")
+    (row,) = one_of_theirs(context, "flex", breaking(torch.OutOfMemoryError("x")))
+    assert row.kind == "left out"
 
 
 def test_a_cell_that_ends_well_adds_nothing(context):

@@ -84,8 +84,8 @@ def test_wrong_tokens_and_a_break_take_the_speed_from_their_setting_alone(contex
     static = [row for row in rows if row.what.startswith("transformers/static")]
     assert [(row.kind, row.verdict) for row in static] == [("same tokens", RED)]
     plain = [row for row in rows if row.what.startswith("transformers/plain")]
-    assert [(row.kind, row.what, row.reason) for row in plain] == [
-        ("failed", "transformers/plain demo-2M 1x32", "PeerFailed: gave no result")
+    assert [(row.kind, row.what, row.reason, row.verdict) for row in plain] == [
+        ("failed", "transformers/plain demo-2M 1x32", "PeerFailed: gave no result", None)
     ]
     timed = {row.what.split(" ")[0] for row in rows if row.kind == "decode"}
     assert {"transformers/continuous", "transformers/assisted", "transformers/compiled"} <= timed

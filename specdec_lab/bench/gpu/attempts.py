@@ -7,6 +7,7 @@ it in the same way: by a row. Not known here: what was tried.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -43,10 +44,19 @@ class Attempt:
 
 
 def one_by_one(context: Context, what: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows of one cell. If it runs out of memory or fails, one more row says so, and the next cell has its turn.
+    """The rows of one cell. If it runs out of memory or fails, one more row says so (red), and the next cell has its turn.
 
     A device that a fault has broken raises here: nothing measured after that would mean anything.
     """
+    return _guarded(context, what, rows, Row("failed", what, verdict=RED, bar="runs"))
+
+
+def one_of_theirs(context: Context, what: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """As one_by_one, for a contestant that is not ours: that it fails here is a finding, and nothing of ours is wrong."""
+    return _guarded(context, what, rows, Row("failed", what))
+
+
+def _guarded(context: Context, what: str, rows: Iterable[Row], failed: Row) -> Iterator[Row]:
     attempt = Attempt()
     with attempt:
         yield from rows
@@ -58,4 +68,4 @@ def one_by_one(context: Context, what: str, rows: Iterable[Row]) -> Iterator[Row
     if attempt.is_memory:
         yield Row("left out", what, reason=f"{OUT_OF_MEMORY}: {attempt.reason}")
     else:
-        yield Row("failed", what, verdict=RED, bar="runs", reason=attempt.reason)
+        yield replace(failed, reason=attempt.reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,9 +24,9 @@ from ....stream import record
 from ....workload import held_out
 from ...race.gate import Gate
 from ...race.hf import Reference
-from ..attempts import one_by_one
+from ..attempts import one_by_one, one_of_theirs
 from ..context import Context, Skipped, release
-from ..gpt_fast import WHAT_TO_DO, Checkout, Said, fill_with_noise, opened, weights_of
+from ..gpt_fast import BOTH_RUN, WHAT_TO_DO, Checkout, Said, fill_with_noise, opened, weights_of
 from ..ledger import PASS, RED, Row
 from ..models import assumed, rounds_of, tokens_for
 
@@ -34,6 +35,7 @@ PATHS = ("plain", "speculation")
 REPEATS = 3
 SHORT = 8  # new tokens of the decode that is taken off
 COMPILES_S = {"plain": 45.0, "speculation": 75.0}  # assumed, not measured; less left, and it is not begun
+HINT = f"Both paths run at {BOTH_RUN}"
 ONLY_TIME = "weights are random on both sides: only time is compared"
 
 
@@ -47,10 +49,10 @@ def stage(context: Context) -> Iterator[Row]:
         right: list[str] = []
         for path in PATHS:
             context.checkpoint(f"tokens of gpt-fast, {path}")
-            for row in one_by_one(context, f"gpt-fast {path}", _same_tokens(context, checkout, path)):
+            for row in one_of_theirs(context, f"gpt-fast {path}", _same_tokens(context, checkout, path)):
                 if row.verdict == PASS:
                     right.append(path)
-                yield row
+                yield row if row.kind != "failed" else replace(row, reason=f"{row.reason}. {HINT}")
         yield from _times(context, checkout, right)
 
 
@@ -85,7 +87,7 @@ def _times(context: Context, checkout: Checkout, paths: list[str]) -> Iterator[R
     """Ours first, whose models are then given back; gpt-fast's compilers, which nothing can cut short, come last."""
     where = f"{context.sizes.gpt_fast[0].removeprefix(PREFIX)} {context.sizes.gpt_fast_cell}"
     for path in set(PATHS).difference(paths):
-        yield Row("refused", f"gpt-fast {path} {where}", reason="its tokens are not right, so it gets no speed")
+        yield Row("refused", f"gpt-fast {path} {where}", reason="it did not emit our tokens, so it gets no speed")
     ours: dict[str, float] = {}
     context.checkpoint(f"our times of {where}")
     yield from one_by_one(context, f"ours {where}", _ours(context, where, ours))
@@ -97,7 +99,7 @@ def _times(context: Context, checkout: Checkout, paths: list[str]) -> Iterator[R
             yield Row("left out", what, reason=f"compiling it is taken to need {COMPILES_S[path]:.0f} s (assumed), "
                       f"{context.left_s:.0f} s are left: run this stage alone, with more minutes")
             continue
-        yield from one_by_one(context, what, _theirs(context, checkout, path, what, ours))
+        yield from one_of_theirs(context, what, _theirs(context, checkout, path, what, ours))
 
 
 def _speculates(context: Context) -> SpecConfig:

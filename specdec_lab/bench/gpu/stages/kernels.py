@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from ....engine.conformance.judging import allowed_error
-from ..attempts import one_by_one
+from ..attempts import one_by_one, one_of_theirs
 from ..attention_calls import COMPILED, QUICK, Call, Stage, best, error_of, layer_bytes, others, ours, read_bytes
 from ..context import Context, release
 from ..layouts import layout_rows
@@ -59,7 +59,7 @@ def _compiled(context: Context, name: str) -> Iterator[Row]:
             yield Row("left out", f"{cell} {name}", reason=f"it and the cells after it: compiling is taken to need "
                       f"{COMPILES_S[name]:.0f} s (assumed), {context.left_s:.0f} s are left")
             return
-        yield from one_by_one(context, f"{cell} {name}", measure_others(context, cell, (name,)))
+        yield from one_of_theirs(context, f"{cell} {name}", measure_others(context, cell, (name,)))
 
 
 def _round_kernels(context: Context) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from ...race.gate import Gate, Verdict
 from ...race.hf import Prompted, Reference, TransformersPeer, peers, quiet
 from ...race.ours import OurPeer, SharedSession
 from ...race.peer import Decoded, Peer, Rows
-from ..attempts import Attempt, one_by_one
+from ..attempts import Attempt, one_by_one, one_of_theirs
 from ..context import Context, release
 from ..gpt_fast import WHAT_TO_DO
 from ..ledger import PASS, RED, Row
@@ -147,7 +147,8 @@ def _gated(context: Context, settings: Settings, cell: Cell, some: Sequence[Peer
             yield Row("refused", what, reason=reason)
             continue
         found: list[Rows] = []
-        yield from one_by_one(context, what, _decoded(context, peer, prompts, found))
+        guard = one_by_one if isinstance(peer, OurPeer) else one_of_theirs
+        yield from guard(context, what, _decoded(context, peer, prompts, found))
         if peer is plain and found:
             gate = Gate(prompts, found[0], Reference(str(DEMO / "target")))
             settings.right.add(plain.name)
@@ -195,8 +196,10 @@ def _in_turns(context: Context, settings: Settings, cell: Cell, some: Sequence[P
             ready[peer] = peer.decode()
         first_s[peer] = context.now() - started
         if attempt.reason:
+            release(context.device)
             context.synchronize()
-            yield Row("failed", f"{peer.name} {where}", verdict=RED, bar="runs", reason=attempt.reason)
+            verdict = RED if peer is plain and not attempt.is_memory else None
+            yield Row("left out" if attempt.is_memory else "failed", f"{peer.name} {where}", verdict=verdict, reason=attempt.reason)
     seconds: dict[Peer, list[float]] = {peer: [] for peer in ready}
     for turn in range(REPEATS):
         for peer in ready if turn % 2 == 0 else reversed(ready):
