@@ -199,7 +199,8 @@ def _in_turns(context: Context, settings: Settings, cell: Cell, some: Sequence[P
             release(context.device)
             context.synchronize()
             verdict = RED if peer is plain and not attempt.is_memory else None
-            yield Row("left out" if attempt.is_memory else "failed", f"{peer.name} {where}", verdict=verdict, reason=attempt.reason)
+            kind = "left out" if attempt.is_memory else "failed"
+            yield Row(kind, f"{peer.name} {where}", verdict=verdict, reason=attempt.reason)
     seconds: dict[Peer, list[float]] = {peer: [] for peer in ready}
     for turn in range(REPEATS):
         for peer in ready if turn % 2 == 0 else reversed(ready):
