@@ -15,6 +15,7 @@ from ...engine.models.loading import ModelPair, load
 from ...records import Run, SpecConfig
 from ...stream import record
 from ...workload import Workload
+from .attempts import one_by_one
 from .context import Context
 from .ledger import PASS, RED, Row
 
@@ -37,12 +38,19 @@ def round_rows(context: Context) -> Iterator[Row]:
     for name, temperature, verifier in laws:
         for config in map(SpecConfig.parse, configs):
             context.checkpoint(f"rounds of {config}, {name}")
-            runs = {rounds: _run(engine, pair, config, temperature, verifier) for rounds, engine in engines.items()}
-            wrong = [rounds for rounds, run in runs.items() if said(run) != said(runs["host"])]
-            flags = tuple(dict.fromkeys(f for step in runs["device"].rounds for f in step.flags if f in NO_FLAGS))
-            reason = f"other tokens or drafts than rounds on the host: {', '.join(wrong)}" if wrong else ""
-            yield Row("device rounds", f"{config} {name}", {"rounds": len(runs["device"].rounds)}, RED if wrong else PASS,
-                      "the tokens and drafts of rounds on the host", flags=flags, reason=reason)
+            rows = _compared(engines, pair, config, name, temperature, verifier)
+            yield from one_by_one(context, f"device rounds {config} {name}", rows)
+
+
+def _compared(
+    engines: dict[str, Engine], pair: ModelPair, config: SpecConfig, name: str, temperature: float, verifier: str
+) -> Iterator[Row]:
+    runs = {rounds: _run(engine, pair, config, temperature, verifier) for rounds, engine in engines.items()}
+    wrong = [rounds for rounds, run in runs.items() if said(run) != said(runs["host"])]
+    flags = tuple(dict.fromkeys(f for step in runs["device"].rounds for f in step.flags if f in NO_FLAGS))
+    reason = f"other tokens or drafts than rounds on the host: {', '.join(wrong)}" if wrong else ""
+    yield Row("device rounds", f"{config} {name}", {"rounds": len(runs["device"].rounds)}, RED if wrong else PASS,
+              "the tokens and drafts of rounds on the host", flags=flags, reason=reason)
 
 
 def said(run: Run) -> list[tuple[object, ...]]:
