@@ -27,7 +27,7 @@ TIME_LIMIT_S = 900
 
 
 def why_not() -> str | None:
-    """None if Triton's interpreter runs our loops here, else the reason: 3.6, which CUDA builds of torch 2.11 bring, may not."""
+    """None if Triton's interpreter runs our loops here, else the reason: 3.6, as beside CUDA torch 2.11, may not."""
     import numpy as np
     import triton
 
