@@ -13,6 +13,7 @@ import torch
 import specdec_lab as sd
 import tiny
 from fake_cuda import CannotCapture, gpu
+from specdec_lab.bench import doctor
 from specdec_lab.engine import attention, calibrate, cuda_ceilings, tree_layout
 from specdec_lab.engine.device import kernel_deciding, ops
 from specdec_lab.engine.device import round as device_round
@@ -124,6 +125,22 @@ def test_nothing_is_compiled_after_the_first_round_however_long_texts_grow(model
         assert [launch.variant.name for launch in launched if launch.is_new]
         assert len(list(steps)) > 3
         assert [launch.variant.name for launch in launched[first:] if launch.is_new] == []
+
+
+def test_doctor_on_a_gpu_says_how_rounds_run_and_reads_that_gpus_sensors(models, tmp_path, monkeypatch):
+    asked, by_layer = [], "the triton back end attends layer by layer"
+    monkeypatch.setattr(doctor.sensors._Gpu, "open", lambda nvml, gpu: asked.append(gpu) or doctor.sensors.Absent("no driver"))
+    with machine():
+        pair = sd.load(*models, device="cuda")
+        for rounds, state, words in (
+            ("auto", "ok", "one CUDA graph, triton operations"),
+            ("host", "note", f"layer by layer: {by_layer}; on the host: rounds='host' was asked for"),
+        ):
+            found = {f.topic: f for f in doctor.examine(sd.Engine(pair, rounds=rounds), database=tmp_path).findings}
+            assert (found["rounds"].state, found["rounds"].what) == (state, words)
+            assert found["GPU"].advice.startswith("No power, clocks or energy")
+            assert "GFLOP/s in bfloat16" in found["ceilings"].what
+    assert set(asked) == {"00000000-0000-0000-0000-000000000000"}
 
 
 def _wait(state, decision):

@@ -1,4 +1,4 @@
-"""Sensors through the real nvidia-ml-py over a library that is not there: every call has the arguments that the package takes."""
+"""Sensors through the real nvidia-ml-py over a library that is not there: calls have the arguments that the package takes."""
 
 from __future__ import annotations
 
