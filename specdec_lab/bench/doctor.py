@@ -80,8 +80,10 @@ def examine(
 
     reading  of the sensors, injected in tests
     """
-    now = reading() if reading else _read_sensors()
-    findings = [*_machine(now), *_engine(engine, why_no_engine), _gpu(now), *_notebook(), _database(database), *_optional()]
+    now, on_gpu = reading() if reading else _read_sensors(engine), engine is not None and _is_on_gpu(engine)
+    findings = [
+        *_machine(now), *_engine(engine, why_no_engine), _gpu(now, on_gpu), *_notebook(), _database(database), *_optional()
+    ]
     facts: dict[str, Any] = {"machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit()}
     if engine is not None:
         identity = engine.identity()
@@ -89,8 +91,18 @@ def examine(
     return Diagnosis(tuple(findings), facts)
 
 
-def _read_sensors() -> sensors.Reading:
-    watch = sensors.Sensors()
+def _is_on_gpu(engine: Engine) -> bool:
+    return engine.pair.target.device.type == "cuda"
+
+
+def _read_sensors(engine: Engine | None) -> sensors.Reading:
+    """Of the engine's GPU, by its UUID: NVML counts GPUs that torch does not see."""
+    gpu: int | str = 0
+    if engine is not None and _is_on_gpu(engine):
+        import torch
+
+        gpu = str(torch.cuda.get_device_properties(engine.pair.target.device).uuid)
+    watch = sensors.Sensors(gpu)
     try:
         return watch.read()
     finally:
@@ -127,10 +139,7 @@ def _engine(engine: Engine | None, why_not: str) -> Iterable[Finding]:
     else:
         yield Finding("draft", OK, f"{pair.draft.name} ({pair.draft.shape.params:,} parameters)")
     yield Finding("runner", OK, _runner_words(engine))
-    reason = pair.target.why_not_compiled(engine.backend)
-    yield Finding("rounds", OK, "one compiled call each; prompts go through sdpa") if reason is None else Finding(
-        "rounds", NOTE, f"layer by layer: {reason}"
-    )
+    yield _rounds(engine)
     yield _threads(engine.threads.most, machine.openmp_libraries())
     kind, threads = ("float32", ", all threads") if pair.target.device.type == "cpu" else ("bfloat16", "")
     yield Finding(
@@ -146,6 +155,16 @@ def _threads(most: int, libraries: tuple[str, ...]) -> Finding:
         return Finding("threads", OK, words)
     several = f"{len(libraries)} OpenMP libraries are loaded ({', '.join(libraries)}), each with threads of its own"
     return Finding("threads", NOTE, f"{words}. {several}", "They compete for the cores: use one build of torch")
+
+
+def _rounds(engine: Engine) -> Finding:
+    if engine.rounds.spelled is not None:
+        return Finding("rounds", OK if engine.rounds.mode == "captured" else NOTE, engine.rounds.spelled)
+    reason = engine.pair.target.why_not_compiled(engine.backend)
+    if reason is None:
+        return Finding("rounds", OK, "one compiled call each; prompts go through sdpa")
+    why = f"; on the host: {engine.rounds.reason}" if _is_on_gpu(engine) else ""
+    return Finding("rounds", NOTE, f"layer by layer: {reason}{why}")
 
 
 def _runner_words(engine: Engine) -> str:
@@ -164,9 +183,10 @@ def _backends(engine: Engine) -> Iterable[Finding]:
             yield Finding(f"  {name}", OK if reason is None else MISSING, reason or "can run this model; not the preferred one")
 
 
-def _gpu(now: sensors.Reading) -> Finding:
+def _gpu(now: sensors.Reading, on_gpu: bool) -> Finding:
     if isinstance(now.power_w, sensors.Absent):
-        return Finding("GPU", NOTE, f"no GPU sensors: {now.power_w.reason}", "Everything runs on the CPU without one")
+        advice = "No power, clocks or energy: throttling cannot be seen" if on_gpu else "Everything runs on the CPU without one"
+        return Finding("GPU", NOTE, f"no GPU sensors: {now.power_w.reason}", advice)
     events = now.clock_events
     slowed = () if isinstance(events, sensors.Absent) else tuple(e for e in events if e not in sensors.HARMLESS_EVENTS)
     what = f"{now.power_w:.0f} W, {now.sm_mhz} MHz, {now.temperature_c} C"

@@ -60,8 +60,10 @@ class TritonBackend:
         if reads.num_queries > gpu.MAX_QUERIES:
             return self._prompts.plan(reads, cache, group, sliding)
         corner, window = _constants(reads, cache, sliding)
-        longest = _most_keys(reads, sliding)
         chunk = gpu.default_chunk(window is not None)
+        # one part or several are kernels of their own: whoever may grow into several begins with them, or they would be
+        # compiled in the middle of a run
+        longest = max(_most_keys(reads, sliding, reads.longest), min(_most_keys(reads, sliding, cache.slots), chunk + 1))
         floats = gpu.workspace_floats(cache.batch, cache.kv_heads * group, reads.num_queries, cache.head_dim, longest, chunk)
         return TritonPlan(reads.committed, corner, window, reads.index, longest, _workspace(cache, floats))
 
@@ -92,14 +94,14 @@ def _constants(reads: Reads, cache: KvCache, sliding: int | None) -> tuple[tuple
     return corner, window
 
 
-def _most_keys(reads: Reads, sliding: int | None) -> int:
-    """Of any row: kept keys, window and corner."""
+def _most_keys(reads: Reads, sliding: int | None, slots: int) -> int:
+    """That a row reads which fills `slots`: kept keys, window and corner."""
     view = reads.view
     spans = [span for span in (view.recent, sliding) if span]
     if not spans:
-        return reads.longest
+        return slots
     kept = view.sink if reads.index is None else reads.index.shape[-1]
-    return min(reads.longest, kept + min(spans) + reads.corner.shape[1])
+    return min(slots, kept + min(spans) + reads.corner.shape[1])
 
 
 def _workspace(cache: KvCache, floats: int) -> Tensor:

@@ -199,9 +199,13 @@ def cuda_watches() -> tuple[GraphWatch, EventWatch]:
     import torch
 
     def capture(work: Callable[[], object]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own stream current
+            raise
         return graph.replay
 
     events = EventWatch(lambda: torch.cuda.Event(enable_timing=True), torch.cuda.synchronize)

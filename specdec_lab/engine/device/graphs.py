@@ -82,7 +82,9 @@ class EagerPlayers:
 
 @dataclass(slots=True)
 class CapturedPlayers:
-    """One graph per program key on the buffers of a session; all graphs share one memory pool.
+    """One graph per program key on the buffers of a session; all graphs share one memory pool, and the stream of their capture.
+
+    Memory of a pool goes from graph to graph only among captures of one stream, and a stream keeps workspaces of its own.
 
     Windows, what is listed, lengths, live rows and what was emitted are values in buffers, so no part of the key. A graph of
     one program may reuse the memory of another's temporaries: they are replayed one after the other on one stream, and nothing
@@ -96,6 +98,7 @@ class CapturedPlayers:
     now: Callable[[], float] = time.perf_counter
     _made: dict[Key, Captured] = field(default_factory=dict)
     _pool: Any = None
+    _stream: Any = None
 
     def of(self, program: Program) -> Player:
         """See Players."""
@@ -108,8 +111,8 @@ class CapturedPlayers:
     def _capture(self, program: Program) -> Captured:
         """Rehearse on a stream of its own, then capture; neither advances a row."""
         if self._pool is None:
-            self._pool = self.cuda.graph_pool_handle()
-        stream, state = self.cuda.Stream(), self.stage.state
+            self._pool, self._stream = self.cuda.graph_pool_handle(), self.cuda.Stream()
+        stream, state = self._stream, self.stage.state
         saved = [buffer.clone() for buffer in state.counters()]
         state.live.zero_()  # a rehearsal finds every row finished: it writes only beyond their texts
         stream.wait_stream(self.cuda.current_stream())

@@ -15,6 +15,7 @@ from ..ledger import Row, bar_verdict
 REPEATABLE = 0.02
 TICK_S = 2e-6  # above it phases are timed by events, not by stamps
 STEADY_S = 0.5  # of reading, for the counters
+COUNTED_WORDS = 1 << 30  # that are read: 4 GiB
 COPY_FIGURE = 4.3e12  # bytes/s; what plans for one H200 were made with
 
 
@@ -48,7 +49,7 @@ def peak_bytes_per_s(properties: Any) -> float | None:
 
 def _counters(context: Context) -> Row:
     """Read memory for a while, and ask the GPU how busy its memory was."""
-    words = torch.empty(1 << 30, dtype=torch.int32, device=context.device).random_()
+    words = torch.empty(COUNTED_WORDS, dtype=torch.int32, device=context.device).random_()
     once, rounds = context.timed(lambda turn: words.sum(), 1).seconds, 0
     rounds = max(1, int(STEADY_S / once))
     sensors = Sensors(str(torch.cuda.get_device_properties(context.device).uuid))
