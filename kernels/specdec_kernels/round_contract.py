@@ -25,7 +25,7 @@ VOCABULARY, DIM, HEADS, KV_HEADS = 128256, 128, 32, 8
 
 # pointers that are not int32, by argument name, where every kernel means the same by it
 POINTERS = {
-    **dict.fromkeys(("seed", "refused", "best", "tokens", "texts", "lengths", "work", "num_tokens"), "*i64"),
+    **dict.fromkeys(("seed", "refused", "best", "tokens", "texts", "lengths", "join", "num_tokens"), "*i64"),
     **dict.fromkeys(("offered_mass", "rest_mass"), "*fp64"),
     **dict.fromkeys(("cos", "sin", "lse", "best_value", "logprob", "target_logprob", "draft_logprob"), "*fp32"),
     **dict.fromkeys(("target_lse", "draft_lse", "law"), "*fp32"), "exists": "*i1",

@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["depth", "programs"])
 def match_kernel(
-    texts, lengths, work, tokens, num_tokens, text_row, depth, programs, SIZES: tl.constexpr, LONGEST: tl.constexpr,
+    texts, lengths, join, tokens, num_tokens, text_row, depth, programs, SIZES: tl.constexpr, LONGEST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, sequences)."""
@@ -33,11 +33,11 @@ def match_kernel(
             if (SIZES >> (back - 1)) & 1:
                 found = tl.where(equal, start.to(tl.int64) + (back << 32), found)
         best = tl.maximum(best, tl.max(found, 0))
-    tl.atomic_max(work + b * 2, best)
-    arrived = tl.atomic_add(work + b * 2 + 1, 1)
+    tl.atomic_max(join + b * 2, best)
+    arrived = tl.atomic_add(join + b * 2 + 1, 1)
     if arrived == programs - 1:
-        best = tl.atomic_xchg(work + b * 2, 0)
-        tl.store(work + b * 2 + 1, 0)
+        best = tl.atomic_xchg(join + b * 2, 0)
+        tl.store(join + b * 2 + 1, 0)
         start = (best & 0xFFFFFFFF).to(tl.int32)
         order = tl.arange(0, BLOCK_D)
         at = start + order % tl.maximum(length - start, 1)
