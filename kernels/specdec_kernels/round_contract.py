@@ -53,7 +53,7 @@ def variants() -> tuple[Variant, ...]:
     row_block = row_tiles.block_of(VOCABULARY)
     noisy = {"V": VOCABULARY, "BLOCK": noise_tiles.noisy_block(VOCABULARY)}
     noisy_warps = noise_tiles.noisy_warps(VOCABULARY)
-    entries, heads = compact_tiles.tile(4)
+    heads, block_d = compact_tiles.tile(KV_HEADS, DIM)
     rope = {
         "HEADS": HEADS, "KV_HEADS": KV_HEADS, "HALF": DIM // 2, "BLOCK_H": rope_tiles.HEADS_AT_ONCE, "BLOCK_D": DIM // 2
     }  # fmt: skip
@@ -67,7 +67,7 @@ def variants() -> tuple[Variant, ...]:
         Variant("rope_append", "rope_append:rope_kernel", {**rope, "NORMED": False, **none}, rope_warps, "bf16"),
         Variant("rope_append with norms", "rope_append:rope_kernel", {**rope, "NORMED": True}, rope_warps, "bf16"),
         Variant("kv_compact", "kv_compact:compact_kernel", {
-            "HEADS": KV_HEADS, "DIM": DIM, "BLOCK_A": entries, "BLOCK_H": heads, "BLOCK_D": DIM, "LONGEST": 4}, 4),
+            "HEADS": KV_HEADS, "DIM": DIM, "BLOCK_H": heads, "BLOCK_D": block_d, "LONGEST": 4}, compact_tiles.WARPS),
         Variant("row_lse", "row_lse:stats_kernel", {
             "ASKED": 1, "BLOCK_K": 1, "V": VOCABULARY, "BLOCK": row_block}, row_tiles.warps_of(row_block)),
         Variant("accept_chain_equal", "accept:chain_kernel", {**chain, "EQUAL": True, "POINT": True, **untested}),
