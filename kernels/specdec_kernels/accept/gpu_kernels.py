@@ -25,13 +25,11 @@ def chance(at, lse, mask, inverse):
 def after_refusals(p, q, ids, count, refused, offered_mass, rest_mass, BLOCK_K: tl.constexpr):
     """R and unnormalised D of tokens `ids` after the first `count` of the refusals: see reference.accept_tree."""
     order = tl.arange(0, BLOCK_K)
-    j = 0
-    while j < count:
+    for j in range(count):
         at = order == j
         offered = q * (1.0 / tl.sum(tl.where(at, offered_mass, 0.0), 0))
         p = tl.maximum(p - offered, 0.0) * (1.0 / tl.sum(tl.where(at, rest_mass, 0.0), 0))
         q = tl.where(ids == tl.sum(tl.where(at, refused, 0), 0), 0.0, q)
-        j += 1
     return p, q
 
 

@@ -1,13 +1,13 @@
 """The Triton kernel of kv_compact; gpu.py launches it.
 
-A program owns some KV heads of one layer's keys or values of one sequence, and every element of a row of `dim` is moved by one
-thread: it loads the element of four entries, stores them, and goes on to the next four. That needs no barrier. Proof. Nodes rise
-along a path and children are numbered after their parents, so path[j] >= path[i] + (j - i) and path[i] >= i + 1, for i < j.
+A program owns some KV heads of one layer's keys or values of one sequence, and one thread moves an element of a head for all
+entries: it loads four of them, stores them, and goes on to the next four. That needs no barrier. Proof. Nodes rise along a path
+and number from 1 below the root, so path[i] >= i + 1, and path[j] >= path[i] + (j - i) for i < j.
 
 1. A source of a later entry is no place of an earlier one: path[j] >= (i + 1) + (j - i) = j + 1 > i + 1. So no thread may
    read what another has written, in whatever order the two come.
-2. A place may be the source of an earlier entry or of its own, path[k] = i + 1 with k <= i. The thread that writes it read the
-   same element of that source before, being the only one that moves this column of this head, and a thread's load precedes its
+2. A place may be the source of an earlier entry or of its own, path[k] = i + 1 with k <= i. The thread that writes an element of
+   it has read this element of that source before, being the only one that moves it, and a thread's load comes before its own
    later store to the same address.
 """
 
