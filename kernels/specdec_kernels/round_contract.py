@@ -27,11 +27,11 @@ POINTERS = {
     **dict.fromkeys(("seed", "refused", "best", "tokens"), "*i64"),
     **dict.fromkeys(("offered_mass", "rest_mass", "sums"), "*fp64"),
     **dict.fromkeys(("cos", "sin", "lse", "best_value", "logprob", "target_logprob", "draft_logprob"), "*fp32"),
-    **dict.fromkeys(("target_lse", "draft_lse", "law", "quick"), "*fp32"), "exists": "*i1",
+    **dict.fromkeys(("target_lse", "draft_lse", "law", "quick", "highest", "total"), "*fp32"), "exists": "*i1",
 }  # fmt: skip
 INT32 = (
     "sequences", "positions", "first_positions", "slots", "path", "ranks", "row", "rows", "counts", "committed", "ids",
-    "children", "law_row", "chosen", "num_accepted", "num_refused", "removed", "lanes",
+    "children", "law_row", "chosen", "num_accepted", "num_refused", "removed", "lanes", "where",
 )  # fmt: skip
 OF_DTYPE = ("qkv", "kv", "q_norm", "k_norm", "logits", "target", "draft", "scores")
 FLOATS = ("inverse", "eps")
@@ -51,7 +51,9 @@ class Variant:
 
 def variants() -> tuple[Variant, ...]:
     """What a round launches."""
-    row_block = row_tiles.block_of(VOCABULARY)
+    row: dict[str, Any] = {"V": VOCABULARY, **row_tiles.stats_tile(VOCABULARY)}
+    row_warps = row.pop("num_warps")
+    join = {"ASKED": 1, "BLOCK_K": 1, **row, "BLOCKS": noise_tiles.power_of_two(-(-VOCABULARY // row["BLOCK"]))}
     noisy: dict[str, Any] = {"V": VOCABULARY, **noise_tiles.noisy_tile(VOCABULARY)}
     noisy_warps = noisy.pop("num_warps")
     seen = {name: noisy[name] for name in ("V", "BLOCK")}
@@ -70,8 +72,8 @@ def variants() -> tuple[Variant, ...]:
         Variant("rope_append with norms", "rope_append:rope_kernel", {**rope, "NORMED": True}, rope_warps, "bf16"),
         Variant("kv_compact", "kv_compact:compact_kernel", {
             "HEADS": KV_HEADS, "DIM": DIM, "BLOCK_H": heads, "BLOCK_D": block_d, "LONGEST": 4}, compact_tiles.WARPS),
-        Variant("row_lse", "row_lse:stats_kernel", {
-            "ASKED": 1, "BLOCK_K": 1, "V": VOCABULARY, "BLOCK": row_block}, row_tiles.warps_of(row_block)),
+        Variant("row_lse", "row_lse:stats_kernel", row, row_warps),
+        Variant("row_lse joined", "row_lse:join_kernel", join),
         Variant("accept_chain_equal", "accept:chain_kernel", {**chain, "EQUAL": True, "POINT": True, **untested}),
         Variant("accept_chain", "accept:chain_kernel", {**chain, "EQUAL": False, "POINT": False, "chosen": None}),
         Variant("accept_tree_equal", "accept:tree_equal_kernel", {**walk, "ALL": True, "exists": None}),

@@ -6,9 +6,9 @@ and number from 1 below the root, so path[i] >= i + 1, and path[j] >= path[i] + 
 
 1. A source of a later entry is no place of an earlier one: path[j] >= (i + 1) + (j - i) = j + 1 > i + 1. So no thread may
    read what another has written, in whatever order the two come.
-2. A place may be the source of an earlier entry or of its own, path[k] = i + 1 with k <= i. The thread that writes an element of
-   it has read this element of that source before, being the only one that moves it, and a thread's load comes before its own
-   later store to the same address.
+2. A place may be the source of an earlier entry or of its own, path[k] = i + 1 with k <= i. The thread that writes an element
+   has read that of the source before, being the only one that moves it, and a thread's load comes before its own later store
+   to the same address.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
