@@ -140,7 +140,7 @@ def _left_of_target(
         offered = tl.load(offered_mass + b * K + order, mask=order < K, other=1.0)
         rest = tl.load(rest_mass + b * K + order, mask=order < K, other=1.0)
         q = chance(q_at + ids, q_lse, (ids < V) & (count > 0), inverse)
-        left, _ = after_refusals(p, q, ids, count, no, offered, rest, BLOCK_K)
+        left, _ = after_refusals(p, q, ids, count, no, 1.0 / offered, 1.0 / rest, BLOCK_K)
     return left, p
 
 
