@@ -163,7 +163,7 @@ def tree_kernel(
     draft_batch, draft_row, NODES: tl.constexpr, LAWS: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences): one child is tested per turn of the loop."""
+    """Grid (sequences). A turn tests one child, so DEPTH * K turns are enough, and nothing in memory can make it run on."""
     b = tl.program_id(0).to(tl.int64)
     order, levels = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_A)
     nodes = tl.zeros((BLOCK_A,), tl.int32)
@@ -175,40 +175,41 @@ def tree_kernel(
     node, place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     rank, refusals = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     mass = tl.full((), 1.0, tl.float64)
-    running = tl.full((), DEPTH > 0, tl.int1)
-    while running:
-        child = tl.load(children + node * K + rank).to(tl.int32)
-        token = tl.load(tokens + b * tokens_batch + child - 1, mask=child > 0, other=0).to(tl.int64)
-        of = tl.load(law_row + node).to(tl.int64)
-        p_at = target + b * target_batch + node.to(tl.int64) * target_node
-        q_at = draft + b * draft_batch + of * draft_row
-        p_lse, q_lse = tl.load(target_lse + b * NODES + node), tl.load(draft_lse + b * LAWS + of)
-        p, q = chance(p_at + token, p_lse, True, inverse), chance(q_at + token, q_lse, True, inverse)
-        per_offered, per_rest = 1.0 / offered, 1.0 / rest
-        r, d = after_refusals(p, q, token, refusals, no, per_offered, per_rest, BLOCK_K)
-        d = tl.where(d > 0, d / mass, 0.0)
-        u = uniform(bits, sequence, first + place, purpose, rank)
-        tested = (child > 0) & (d > 0)
-        takes = tested & (r > 0) & (u * d < r)
-        if tested & (takes == 0):
-            left, kept = _refusal_masses(
-                p_at, p_lse, q_at, q_lse, inverse, token, refusals, no, per_offered, per_rest, 1.0 / mass, V, BLOCK, BLOCK_K
-            )
-            takes = (left <= 0) & (r > 0)
-            at = order == tl.where(left > 0, refusals, -1)
-            no = tl.where(at, token, no)
-            offered = tl.where(at, mass, offered)
-            rest = tl.where(at, left, rest)
-            refusals += (left > 0).to(tl.int32)
-            mass = tl.where(left > 0, kept, mass)
-        at = levels == tl.where(takes, place, -1)
-        nodes = tl.where(at, child, nodes)
-        node_ranks = tl.where(at, rank + 1, node_ranks)
-        node = tl.where(takes, child, node)
-        place += takes.to(tl.int32)
-        refusals = tl.where(takes, 0, refusals)
-        mass = tl.where(takes, 1.0, mass)
-        running = tl.where(takes, place < DEPTH, (child > 0) & (rank + 1 < K))
-        rank = tl.where(takes, 0, rank + 1)
+    running = tl.full((), 1, tl.int1)
+    for _ in range(DEPTH * K):
+        if running:
+            child = tl.load(children + node * K + rank).to(tl.int32)
+            token = tl.load(tokens + b * tokens_batch + child - 1, mask=child > 0, other=0).to(tl.int64)
+            of = tl.load(law_row + node).to(tl.int64)
+            p_at = target + b * target_batch + node.to(tl.int64) * target_node
+            q_at = draft + b * draft_batch + of * draft_row
+            p_lse, q_lse = tl.load(target_lse + b * NODES + node), tl.load(draft_lse + b * LAWS + of)
+            p, q = chance(p_at + token, p_lse, True, inverse), chance(q_at + token, q_lse, True, inverse)
+            per_offered, per_rest = 1.0 / offered, 1.0 / rest
+            r, d = after_refusals(p, q, token, refusals, no, per_offered, per_rest, BLOCK_K)
+            d = tl.where(d > 0, d / mass, 0.0)
+            u = uniform(bits, sequence, first + place, purpose, rank)
+            tested = (child > 0) & (d > 0)
+            takes = tested & (r > 0) & (u * d < r)
+            if tested & (takes == 0):
+                left, kept = _refusal_masses(
+                    p_at, p_lse, q_at, q_lse, inverse, token, refusals, no, per_offered, per_rest, 1.0 / mass, V, BLOCK, BLOCK_K
+                )
+                takes = (left <= 0) & (r > 0)
+                at = order == tl.where(left > 0, refusals, -1)
+                no = tl.where(at, token, no)
+                offered = tl.where(at, mass, offered)
+                rest = tl.where(at, left, rest)
+                refusals += (left > 0).to(tl.int32)
+                mass = tl.where(left > 0, kept, mass)
+            at = levels == tl.where(takes, place, -1)
+            nodes = tl.where(at, child, nodes)
+            node_ranks = tl.where(at, rank + 1, node_ranks)
+            node = tl.where(takes, child, node)
+            place += takes.to(tl.int32)
+            refusals = tl.where(takes, 0, refusals)
+            mass = tl.where(takes, 1.0, mass)
+            running = tl.where(takes, place < DEPTH, (child > 0) & (rank + 1 < K))
+            rank = tl.where(takes, 0, rank + 1)
     _write_path(num_accepted, path, ranks, row, b, place, node, nodes, node_ranks, DEPTH, BLOCK_A)
     _write_refusals(num_refused, refused, offered_mass, rest_mass, b, refusals, no, offered, rest, K, BLOCK_K)

@@ -129,7 +129,7 @@ def _left_of_target(
     BLOCK_K: tl.constexpr, POINT: tl.constexpr,
 ):  # fmt: skip
     """(what the refusals of sequence b left of p, p); q is read only where something was refused."""
-    order, count = tl.arange(0, BLOCK_K), tl.load(num_refused + b).to(tl.int32)
+    order, count = tl.arange(0, BLOCK_K), tl.minimum(tl.load(num_refused + b).to(tl.int32), K)
     no = tl.load(refused + b * K + order, mask=order < K, other=-1).to(tl.int64)
     p = chance(p_at + ids, p_lse, ids < V, inverse)
     left = p
