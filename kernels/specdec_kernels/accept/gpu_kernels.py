@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from ..noise.gpu_kernels import key, uniform
-from ..row_lse.gpu_kernels import scaled
 
 
 @triton.jit
