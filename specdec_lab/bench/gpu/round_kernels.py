@@ -21,7 +21,7 @@ LOGS = 2e-5  # of log-sum-exps and log-probabilities, absolute
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 SEED, PURPOSE = 0x1234_5678_9ABC, 2
 VOCABULARIES = (  # of draws: tokens, their type, sequences
-    (1_009, torch.float32, 16), (2_048, torch.bfloat16, 4), (2_049, torch.float32, 4), (128_256, torch.bfloat16, 2),
+    (1_009, torch.float32, 16), (2_048, torch.bfloat16, 2), (2_049, torch.float32, 2), (128_256, torch.bfloat16, 8),
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def sample_rows(device: torch.device) -> Iterator[Finding]:
     """Draws of many positions, from vocabularies that end at and beside a program's block; the same bits again, and alone."""
     ours, reference = both("sample_rows", device)
     tokens = 4
-    for vocab, dtype, batch in VOCABULARIES:
+    for vocab, dtype, batch in VOCABULARIES if device.type == "cuda" else VOCABULARIES[:-1]:  # the interpreter is slow
         logits = (3 * torch.randn(batch, tokens, vocab, device=device)).to(dtype)
         lse, sequences = (logits.float() / 0.8).logsumexp(-1), torch.arange(batch, device=device)
         positions = (torch.arange(tokens, device=device).expand(batch, -1) + 50).contiguous()
