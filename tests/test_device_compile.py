@@ -91,8 +91,8 @@ ROUNDS = [
 def test_every_launch_of_a_round_compiles(monkeypatch):
     names = compiled(ROUNDS[:1], monkeypatch)
     assert {
-        "stamp_kernel", "list_kernel", "combine_kernel", "plan_kernel", "rope_kernel", "stats_kernel", "inverse_kernel",
-        "tree_kernel", "residual_kernel", "compact_kernel",
+        "stamp_kernel", "list_kernel", "combine_kernel", "plan_kernel", "rope_kernel", "stats_kernel", "join_kernel",
+        "inverse_sums_kernel", "inverse_kernel", "tree_kernel", "residual_sums_kernel", "residual_kernel", "compact_kernel",
     } == names  # fmt: skip
 
 

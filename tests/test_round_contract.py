@@ -12,7 +12,10 @@ from specdec_kernels.round_contract import compile_variant, shipped, variants
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-STREAMING = ("rope_append with norms", "kv_compact", "row_lse", "accept_tree", "draw_gumbel", "draw_residual of a tree")
+STREAMING = (
+    "rope_append with norms", "kv_compact", "row_lse", "accept_tree", "glance at logits", "draw_gumbel",
+    "sums of draw_residual of a tree", "draw_residual of a tree",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -22,6 +25,15 @@ def test_a_kernel_that_streams_spills_nothing_and_reads_16_bytes_at_a_time(name)
     assert compiled.faults == (), str(compiled)
     assert compiled.wide_loads > 0, str(compiled)
     assert compiled.tensor_cores == ()
+
+
+def test_compaction_passes_nothing_between_threads():
+    """The proof that it needs no barrier has each element loaded and stored by one thread: no shared memory."""
+    (variant,) = (v for v in variants() if v.name == "kv_compact")
+    for dtype in ("bf16", "fp32"):
+        compiled = compile_variant(variant, 90, dtype)
+        assert compiled.shared_bytes == 0, str(compiled)
+        assert compiled.wide_loads == 4 * (1 if dtype == "bf16" else 2), "four entries are in flight"
 
 
 def test_every_kernel_of_a_round_is_in_the_list_for_every_gpu():

@@ -27,7 +27,7 @@ from specdec_kernels.sample_rows.reference import Drawn
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 noise_kernels = pytest.importorskip("specdec_kernels.noise.gpu_kernels")
-quick_gumbel, gumbel = noise_kernels.quick_gumbel, noise_kernels.gumbel
+quick_exponential, gumbel = noise_kernels.quick_exponential, noise_kernels.gumbel
 pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
@@ -122,17 +122,18 @@ def test_gumbel_draws_are_the_reference_s_token_for_token(vocabulary):
 @triton.jit
 def both_kernel(words, quick, exact, BLOCK: tl.constexpr):
     word = tl.load(words + tl.arange(0, BLOCK)).to(tl.uint32)
-    tl.store(quick + tl.arange(0, BLOCK), quick_gumbel(word))
+    tl.store(quick + tl.arange(0, BLOCK), quick_exponential(word))
     tl.store(exact + tl.arange(0, BLOCK), gumbel(word))
 
 
 def test_a_quick_glance_misses_no_best_token():
     """Words at both ends of the range, where float32 has no digits left, against the float64 noise."""
     edges = [(1 << k) + d for k in range(32) for d in (-1, 0, 1)] + [(1 << 32) - (1 << k) for k in range(32)]
-    words = torch.tensor(edges + integers(1024 - len(edges), seed=3, high=1 << 32).tolist())
-    quick, exact = torch.empty(1024), torch.empty(1024, dtype=torch.float64)
-    both_kernel[(1,)](words, quick, exact, BLOCK=1024)
-    assert (quick - exact).abs().max() < noise_kernels.SLACK.value / 100
+    words = torch.tensor(edges + integers(4096 - len(edges), seed=3, high=1 << 32).tolist())
+    quick, exact = torch.empty(4096), torch.empty(4096, dtype=torch.float64)
+    both_kernel[(1,)](words, quick, exact, BLOCK=4096)
+    off = (quick.double().log() + exact).abs()  # of the noise, as it enters a score
+    assert 1e-6 < off.max() < noise_kernels.SLACK.value / 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

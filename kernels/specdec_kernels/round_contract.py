@@ -26,15 +26,15 @@ VOCABULARY, DIM, HEADS, KV_HEADS = 128256, 128, 32, 8
 # pointers that are not int32, by argument name, where every kernel means the same by it
 POINTERS = {
     **dict.fromkeys(("seed", "refused", "best", "tokens", "texts", "lengths", "join", "num_tokens"), "*i64"),
-    **dict.fromkeys(("offered_mass", "rest_mass"), "*fp64"),
+    **dict.fromkeys(("offered_mass", "rest_mass", "sums"), "*fp64"),
     **dict.fromkeys(("cos", "sin", "lse", "best_value", "logprob", "target_logprob", "draft_logprob"), "*fp32"),
-    **dict.fromkeys(("target_lse", "draft_lse", "law"), "*fp32"), "exists": "*i1",
+    **dict.fromkeys(("target_lse", "draft_lse", "law", "quick", "highest", "total"), "*fp32"), "exists": "*i1",
 }  # fmt: skip
 INT32 = (
     "sequences", "positions", "first_positions", "slots", "path", "ranks", "row", "rows", "counts", "committed", "ids",
-    "children", "law_row", "chosen", "num_accepted", "num_refused", "removed", "lanes",
+    "children", "law_row", "chosen", "num_accepted", "num_refused", "removed", "lanes", "where",
 )  # fmt: skip
-OF_DTYPE = ("qkv", "kv", "q_norm", "k_norm", "logits", "target", "draft")
+OF_DTYPE = ("qkv", "kv", "q_norm", "k_norm", "logits", "target", "draft", "scores")
 FLOATS = ("inverse", "eps")
 
 
@@ -52,10 +52,13 @@ class Variant:
 
 def variants() -> tuple[Variant, ...]:
     """What a round launches."""
-    row_block = row_tiles.block_of(VOCABULARY)
-    noisy = {"V": VOCABULARY, "BLOCK": noise_tiles.noisy_block(VOCABULARY)}
-    noisy_warps = noise_tiles.noisy_warps(VOCABULARY)
-    entries, heads = compact_tiles.tile(4)
+    row: dict[str, Any] = {"V": VOCABULARY, **row_tiles.stats_tile(VOCABULARY)}
+    row_warps = row.pop("num_warps")
+    join = {"ASKED": 1, "BLOCK_K": 1, **row, "BLOCKS": noise_tiles.power_of_two(-(-VOCABULARY // row["BLOCK"]))}
+    noisy: dict[str, Any] = {"V": VOCABULARY, **noise_tiles.noisy_tile(VOCABULARY)}
+    noisy_warps = noisy.pop("num_warps")
+    seen = {name: noisy[name] for name in ("V", "BLOCK")}
+    heads, block_d = compact_tiles.tile(KV_HEADS, DIM)
     rope = {
         "HEADS": HEADS, "KV_HEADS": KV_HEADS, "HALF": DIM // 2, "BLOCK_H": rope_tiles.HEADS_AT_ONCE, "BLOCK_D": DIM // 2
     }  # fmt: skip
@@ -69,9 +72,9 @@ def variants() -> tuple[Variant, ...]:
         Variant("rope_append", "rope_append:rope_kernel", {**rope, "NORMED": False, **none}, rope_warps, "bf16"),
         Variant("rope_append with norms", "rope_append:rope_kernel", {**rope, "NORMED": True}, rope_warps, "bf16"),
         Variant("kv_compact", "kv_compact:compact_kernel", {
-            "HEADS": KV_HEADS, "DIM": DIM, "BLOCK_A": entries, "BLOCK_H": heads, "BLOCK_D": DIM, "LONGEST": 4}, 4),
-        Variant("row_lse", "row_lse:stats_kernel", {
-            "ASKED": 1, "BLOCK_K": 1, "V": VOCABULARY, "BLOCK": row_block}, row_tiles.warps_of(row_block)),
+            "HEADS": KV_HEADS, "DIM": DIM, "BLOCK_H": heads, "BLOCK_D": block_d, "LONGEST": 4}, compact_tiles.WARPS),
+        Variant("row_lse", "row_lse:stats_kernel", row, row_warps),
+        Variant("row_lse joined", "row_lse:join_kernel", join),
         Variant("accept_chain_equal", "accept:chain_kernel", {**chain, "EQUAL": True, "POINT": True, **untested}),
         Variant("accept_chain", "accept:chain_kernel", {**chain, "EQUAL": False, "POINT": False, "chosen": None}),
         Variant("accept_tree_equal", "accept:tree_equal_kernel", {**walk, "ALL": True, "exists": None}),
@@ -85,27 +88,30 @@ def variants() -> tuple[Variant, ...]:
         Variant("words", "noise:words_kernel", {"KIND": 0, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "i64"),
         Variant("gumbel", "noise:words_kernel", {"KIND": 1, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),
         Variant("uniform", "noise:uniform_kernel", {"BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),
+        Variant("glance at logits", "noise:glance_kernel", {**seen, "IS_LAW": False}, noisy_warps),
+        Variant("glance at a law", "noise:glance_kernel", {**seen, "IS_LAW": True}, noisy_warps),
         Variant("gumbel_argmax", "noise:argmax_kernel", noisy, noisy_warps),
     )  # fmt: skip
 
 
 def _draws() -> tuple[Variant, ...]:
-    """Draws by inverse distribution."""
+    """Draws by inverse distribution, each after the kernel that sums the blocks."""
     tile = sample_tiles.tile(VOCABULARY)
     launch: dict[str, Any] = {"num_warps": tile.pop("num_warps"), "max_registers": tile.pop("maxnreg")}
-    inverse: dict[str, Any] = {"V": VOCABULARY, **tile}
-    residual = {"NODES": 5, "LAWS": 4, **inverse}
+    blocks = {"BLOCKS": tile.pop("BLOCKS")}
+    law: dict[str, Any] = {"V": VOCABULARY, **tile}
+    residual = {"NODES": 5, "LAWS": 4, **law}
     chain = {**residual, "K": 1, "BLOCK_K": 1, "TABLED": False, "law_row": None}
-    tree = {**residual, "K": 4, "BLOCK_K": 4, "TABLED": True, "POINT": False}
-    points = {**chain, "POINT": True, "draft": None, "draft_lse": None}
-    kernel = "sample_rows:residual_kernel"
-    return (
-        Variant("draw_inverse", "sample_rows:inverse_kernel", {**inverse, "K": 0, "removed": None}, **launch),
-        Variant("draw_inverse of what 3 left", "sample_rows:inverse_kernel", {**inverse, "K": 3}, **launch),
-        Variant("draw_residual of a chain", kernel, {**chain, "POINT": False}, **launch),
-        Variant("draw_residual of a tree", kernel, tree, **launch),
-        Variant("draw_residual of point masses", kernel, points, **launch),
+    kinds: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("draw_inverse", "inverse", {**law, "K": 0, "removed": None}),
+        ("draw_inverse of what 3 left", "inverse", {**law, "K": 3}),
+        ("draw_residual of a chain", "residual", {**chain, "POINT": False}),
+        ("draw_residual of a tree", "residual", {**residual, "K": 4, "BLOCK_K": 4, "TABLED": True, "POINT": False}),
+        ("draw_residual of point masses", "residual", {**chain, "POINT": True, "draft": None, "draft_lse": None}),
     )
+    sums = (Variant(f"sums of {name}", f"sample_rows:{kernel}_sums_kernel", known, **launch) for name, kernel, known in kinds)
+    picks = (Variant(name, f"sample_rows:{kernel}_kernel", known | blocks, **launch) for name, kernel, known in kinds)
+    return (*sums, *picks)
 
 
 def shipped(

@@ -12,26 +12,36 @@ import triton
 import triton.language as tl
 
 from ..noise.gpu_kernels import key, uniform
-from ..row_lse.gpu_kernels import scaled
 
 
 @triton.jit
 def chance(at, lse, mask, inverse):
     """Probabilities exp(logits / temperature - lse) in float64, made in float32; 0 where masked off."""
-    return tl.exp(scaled(at, mask, inverse) - lse).to(tl.float64)
+    return _as_chance(_logits(at, mask), lse, inverse)
 
 
 @triton.jit
-def after_refusals(p, q, ids, count, refused, offered_mass, rest_mass, BLOCK_K: tl.constexpr):
-    """R and unnormalised D of tokens `ids` after the first `count` of the refusals: see reference.accept_tree."""
+def _logits(at, mask):
+    return tl.load(at, mask=mask, other=float("-inf"))
+
+
+@triton.jit
+def _as_chance(logits, lse, inverse):
+    return tl.exp(logits.to(tl.float32) * inverse - lse).to(tl.float64)
+
+
+@triton.jit
+def after_refusals(p, q, ids, count, refused, per_offered, per_rest, BLOCK_K: tl.constexpr):
+    """R and unnormalised D of tokens `ids` after the first `count` of the refusals: see reference.accept_tree.
+
+    per_offered, per_rest  one over what the laws of each refusal are divided by
+    """
     order = tl.arange(0, BLOCK_K)
-    j = 0
-    while j < count:
+    for j in range(count):
         at = order == j
-        offered = q * (1.0 / tl.sum(tl.where(at, offered_mass, 0.0), 0))
-        p = tl.maximum(p - offered, 0.0) * (1.0 / tl.sum(tl.where(at, rest_mass, 0.0), 0))
+        offered = q * tl.sum(tl.where(at, per_offered, 0.0), 0)
+        p = tl.maximum(p - offered, 0.0) * tl.sum(tl.where(at, per_rest, 0.0), 0)
         q = tl.where(ids == tl.sum(tl.where(at, refused, 0), 0), 0.0, q)
-        j += 1
     return p, q
 
 
@@ -124,19 +134,23 @@ def tree_equal_kernel(
 
 @triton.jit
 def _refusal_masses(
-    p_at, p_lse, q_at, q_lse, inverse, token, count, refused, offered_mass, rest_mass, mass, V: tl.constexpr,
+    p_at, p_lse, q_at, q_lse, inverse, token, count, refused, per_offered, per_rest, per_mass, V: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the vocabulary of max(R - D, 0), and of D, unnormalised, without `token`; D is divided by `mass`."""
+    """Sums over the vocabulary of max(R - D, 0), and of D, unnormalised, without `token`; D is times `per_mass`.
+
+    A block's logits are asked for while the block before is computed: one multiprocessor has little else to wait with.
+    """
     lanes = tl.arange(0, BLOCK)
     rest = tl.zeros((BLOCK,), tl.float64)
     kept = tl.zeros((BLOCK,), tl.float64)
+    p_next, q_next = _logits(p_at + lanes, lanes < V), _logits(q_at + lanes, lanes < V)
     for start in range(0, V, BLOCK):
         ids = start + lanes
-        p = chance(p_at + ids, p_lse, ids < V, inverse)
-        q = chance(q_at + ids, q_lse, ids < V, inverse)
-        left, offered = after_refusals(p, q, ids, count, refused, offered_mass, rest_mass, BLOCK_K)
-        rest += tl.maximum(left - offered * (1.0 / mass), 0.0)
+        p, q = _as_chance(p_next, p_lse, inverse), _as_chance(q_next, q_lse, inverse)
+        p_next, q_next = _logits(p_at + ids + BLOCK, ids + BLOCK < V), _logits(q_at + ids + BLOCK, ids + BLOCK < V)
+        left, offered = after_refusals(p, q, ids, count, refused, per_offered, per_rest, BLOCK_K)
+        rest += tl.maximum(left - offered * per_mass, 0.0)
         kept += tl.where(ids == token, 0.0, offered)
     return tl.sum(rest, 0), tl.sum(kept, 0)
 
@@ -148,7 +162,7 @@ def tree_kernel(
     draft_batch, draft_row, NODES: tl.constexpr, LAWS: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences): one child is tested per turn of the loop."""
+    """Grid (sequences). A turn tests one child, so DEPTH * K turns are enough, and nothing in memory can make it run on."""
     b = tl.program_id(0).to(tl.int64)
     order, levels = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_A)
     nodes = tl.zeros((BLOCK_A,), tl.int32)
@@ -160,39 +174,41 @@ def tree_kernel(
     node, place = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     rank, refusals = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     mass = tl.full((), 1.0, tl.float64)
-    running = tl.full((), DEPTH > 0, tl.int1)
-    while running:
-        child = tl.load(children + node * K + rank).to(tl.int32)
-        token = tl.load(tokens + b * tokens_batch + child - 1, mask=child > 0, other=0).to(tl.int64)
-        of = tl.load(law_row + node).to(tl.int64)
-        p_at = target + b * target_batch + node.to(tl.int64) * target_node
-        q_at = draft + b * draft_batch + of * draft_row
-        p_lse, q_lse = tl.load(target_lse + b * NODES + node), tl.load(draft_lse + b * LAWS + of)
-        p, q = chance(p_at + token, p_lse, True, inverse), chance(q_at + token, q_lse, True, inverse)
-        r, d = after_refusals(p, q, token, refusals, no, offered, rest, BLOCK_K)
-        d = tl.where(d > 0, d / mass, 0.0)
-        u = uniform(bits, sequence, first + place, purpose, rank)
-        tested = (child > 0) & (d > 0)
-        takes = tested & (r > 0) & (u * d < r)
-        if tested & (takes == 0):
-            left, kept = _refusal_masses(
-                p_at, p_lse, q_at, q_lse, inverse, token, refusals, no, offered, rest, mass, V, BLOCK, BLOCK_K
-            )
-            takes = (left <= 0) & (r > 0)
-            at = order == tl.where(left > 0, refusals, -1)
-            no = tl.where(at, token, no)
-            offered = tl.where(at, mass, offered)
-            rest = tl.where(at, left, rest)
-            refusals += (left > 0).to(tl.int32)
-            mass = tl.where(left > 0, kept, mass)
-        at = levels == tl.where(takes, place, -1)
-        nodes = tl.where(at, child, nodes)
-        node_ranks = tl.where(at, rank + 1, node_ranks)
-        node = tl.where(takes, child, node)
-        place += takes.to(tl.int32)
-        refusals = tl.where(takes, 0, refusals)
-        mass = tl.where(takes, 1.0, mass)
-        running = tl.where(takes, place < DEPTH, (child > 0) & (rank + 1 < K))
-        rank = tl.where(takes, 0, rank + 1)
+    running = tl.full((), 1, tl.int1)
+    for _ in range(DEPTH * K):
+        if running:
+            child = tl.load(children + node * K + rank).to(tl.int32)
+            token = tl.load(tokens + b * tokens_batch + child - 1, mask=child > 0, other=0).to(tl.int64)
+            of = tl.load(law_row + node).to(tl.int64)
+            p_at = target + b * target_batch + node.to(tl.int64) * target_node
+            q_at = draft + b * draft_batch + of * draft_row
+            p_lse, q_lse = tl.load(target_lse + b * NODES + node), tl.load(draft_lse + b * LAWS + of)
+            p, q = chance(p_at + token, p_lse, True, inverse), chance(q_at + token, q_lse, True, inverse)
+            per_offered, per_rest = 1.0 / offered, 1.0 / rest
+            r, d = after_refusals(p, q, token, refusals, no, per_offered, per_rest, BLOCK_K)
+            d = tl.where(d > 0, d / mass, 0.0)
+            u = uniform(bits, sequence, first + place, purpose, rank)
+            tested = (child > 0) & (d > 0)
+            takes = tested & (r > 0) & (u * d < r)
+            if tested & (takes == 0):
+                left, kept = _refusal_masses(
+                    p_at, p_lse, q_at, q_lse, inverse, token, refusals, no, per_offered, per_rest, 1.0 / mass, V, BLOCK, BLOCK_K
+                )
+                takes = (left <= 0) & (r > 0)
+                at = order == tl.where(left > 0, refusals, -1)
+                no = tl.where(at, token, no)
+                offered = tl.where(at, mass, offered)
+                rest = tl.where(at, left, rest)
+                refusals += (left > 0).to(tl.int32)
+                mass = tl.where(left > 0, kept, mass)
+            at = levels == tl.where(takes, place, -1)
+            nodes = tl.where(at, child, nodes)
+            node_ranks = tl.where(at, rank + 1, node_ranks)
+            node = tl.where(takes, child, node)
+            place += takes.to(tl.int32)
+            refusals = tl.where(takes, 0, refusals)
+            mass = tl.where(takes, 1.0, mass)
+            running = tl.where(takes, place < DEPTH, (child > 0) & (rank + 1 < K))
+            rank = tl.where(takes, 0, rank + 1)
     _write_path(num_accepted, path, ranks, row, b, place, node, nodes, node_ranks, DEPTH, BLOCK_A)
     _write_refusals(num_refused, refused, offered_mass, rest_mass, b, refusals, no, offered, rest, K, BLOCK_K)

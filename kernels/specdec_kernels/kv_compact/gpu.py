@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 32  # (entry, head) pairs of a program
-ENTRIES_AT_ONCE = 16
+WARPS = 4
+ELEMENTS_PER_THREAD = 8  # of one entry: 16 bytes of a 2-byte cache; four entries are in flight
 
 
 def kv_compact(kv: Tensor, path: Tensor, counts: Tensor, committed: Tensor) -> Tensor:
@@ -15,19 +15,20 @@ def kv_compact(kv: Tensor, path: Tensor, counts: Tensor, committed: Tensor) -> T
 
     _check(kv, path, counts, committed)
     layers, _, batch, heads, size, dim = kv.shape
-    entries, heads_at_once = tile(path.shape[1])
+    heads_at_once, block_d = tile(heads, dim)
     if path.shape[1]:
         compact_kernel[(layers * 2, -(-heads // heads_at_once), batch)](
-            kv, path, counts, committed, size, path.stride(0), *kv.stride()[:5], HEADS=heads, DIM=dim, BLOCK_A=entries,
-            BLOCK_H=heads_at_once, BLOCK_D=1 << (dim - 1).bit_length(), LONGEST=path.shape[1], num_warps=4,
+            kv, path, counts, committed, size, path.stride(0), *kv.stride()[:5], HEADS=heads, DIM=dim, BLOCK_H=heads_at_once,
+            BLOCK_D=block_d, LONGEST=path.shape[1], num_warps=WARPS,
         )  # fmt: skip
     return kv
 
 
-def tile(longest: int) -> tuple[int, int]:
-    """Entries and heads that a program moves at once."""
-    entries = min(ENTRIES_AT_ONCE, 1 << (max(longest, 1) - 1).bit_length())
-    return entries, ROWS_AT_ONCE // entries
+def tile(heads: int, dim: int) -> tuple[int, int]:
+    """Heads, and elements of each, that a program moves at once; both powers of two."""
+    block_d = 1 << (dim - 1).bit_length()
+    fill = max(1, WARPS * 32 * ELEMENTS_PER_THREAD // block_d)
+    return min(fill, 1 << (heads - 1).bit_length()), block_d
 
 
 def _check(kv: Tensor, path: Tensor, counts: Tensor, committed: Tensor) -> None:

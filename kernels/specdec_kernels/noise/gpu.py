@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 WORDS_AT_ONCE = 1024
-NOISY_BLOCK = 4096  # tokens that a Gumbel draw looks at at once
-NOISY_WARPS = 16
+NOISY_BLOCK = 2048  # tokens of a row that one program of a Gumbel draw looks at; fixed, so that no row's bits depend on others
+NOISY_TOKENS_PER_THREAD = 16
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -101,18 +101,37 @@ def gumbel_argmax(
         raise ValueError(f"the draw takes a float32 law [B, T, V] without gaps along V, got {law.dtype} {list(law.shape)}")
     out = torch.empty(positions.shape, dtype=torch.int64, device=law.device) if out is None else out
     check_out(out, tuple(positions.shape), (torch.int32, torch.int64))
-    argmax_kernel[(positions.numel(),)](
-        law, seed_tensor(seed, law.device), sequences, positions, int(purpose), out, positions.shape[1], *law.stride()[:2],
-        V=law.shape[2], BLOCK=noisy_block(law.shape[2]), num_warps=noisy_warps(law.shape[2]),
-    )  # fmt: skip
+    at = (seed_tensor(seed, law.device), sequences, positions, int(purpose))
+    strides, tile = (positions.shape[1], *law.stride()[:2]), noisy_tile(law.shape[2])
+    quick = glance(law, 1.0, *at, is_law=True)
+    argmax_kernel[(positions.numel(),)](law, quick, *at, out, *strides, V=law.shape[2], **tile)
     return out
 
 
-def noisy_block(vocabulary: int) -> int:
-    """Tokens at once of a Gumbel draw."""
-    return int(min(NOISY_BLOCK, max(16, 1 << (vocabulary - 1).bit_length())))
+def glance(
+    scores: Tensor, inverse: float, seed: Tensor, sequences: Tensor, positions: Tensor, purpose: int, *, is_law: bool
+) -> Tensor:  # fmt: skip
+    """What every block of the rows offers at most, float32 [rows, blocks]: the first of the two launches of a Gumbel draw."""
+    from .gpu_kernels import glance_kernel
+
+    rows, vocabulary = positions.numel(), scores.shape[2]
+    tile = noisy_tile(vocabulary)
+    del tile["BLOCKS"]
+    quick = torch.empty(rows, -(-vocabulary // tile["BLOCK"]), dtype=torch.float32, device=scores.device)
+    glance_kernel[(quick.numel(),)](
+        scores, inverse, seed, sequences, positions, purpose, quick, positions.shape[1], *scores.stride()[:2], V=vocabulary,
+        IS_LAW=is_law, **tile,
+    )  # fmt: skip
+    return quick
 
 
-def noisy_warps(vocabulary: int) -> int:
-    """Warps of a Gumbel draw: a thread has 8 tokens."""
-    return max(1, noisy_block(vocabulary) * NOISY_WARPS // NOISY_BLOCK)
+def noisy_tile(vocabulary: int) -> dict[str, int]:
+    """Tokens at once of a Gumbel draw, how many such blocks a row has (to a power of two), and warps."""
+    block = min(NOISY_BLOCK, max(16, 1 << (vocabulary - 1).bit_length()))
+    return {"BLOCK": block, "BLOCKS": power_of_two(-(-vocabulary // block)),
+            "num_warps": max(1, block // (32 * NOISY_TOKENS_PER_THREAD))}  # fmt: skip
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is at least `count`."""
+    return 1 << (max(count, 1) - 1).bit_length()

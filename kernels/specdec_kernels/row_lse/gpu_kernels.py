@@ -1,8 +1,8 @@
-"""The Triton kernel of row_lse, and how every kernel of a round reads logits; gpu.py launches it.
+"""The Triton kernels of row_lse, and how every kernel of a round reads logits; gpu.py launches them.
 
-A program owns a row and reads it once. Each lane keeps its own highest score, where it was and its sum of weights, so nothing
-is reduced before the end. One exponential a token: with d = x - m and e = exp(-|d|), the sum becomes sum * e + 1 where x is the
-new highest, else sum + e.
+Two launches. The first has a program for every block of BLOCK tokens of every row, which holds it whole: its highest logit, the
+sum of weights beside that, one exponential a token, and where it is. The second joins the blocks of a row. Blocks have one
+length, so a row's bits depend neither on the rows beside it nor on the GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.0e38)  # below every score but -inf, and finite: a lane without tokens has no -inf - -inf
+FAR = tl.constexpr(3.0e38)  # beyond every score that is not infinite: no -inf - -inf
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -20,34 +21,45 @@ def scaled(at, mask, inverse):
     return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32) * inverse
 
 
+@triton.jit
+def _finite(x):
+    return tl.minimum(tl.maximum(x, -FAR), FAR)
+
+
+@triton.jit
+def stats_kernel(logits, inverse, highest, total, where, logits_row, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (rows * blocks): a block's highest logit, the sum of exp((logit - highest) / temperature), the first so high.
+
+    Temperature comes after the difference: the highest logit has the highest score, so nothing else needs scores.
+    """
+    row, block = tl.program_id(0) // tl.cdiv(V, BLOCK), tl.program_id(0) % tl.cdiv(V, BLOCK)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = scaled(logits + row.to(tl.int64) * logits_row + ids, ids < V, 1.0)
+    m = tl.max(x, 0)
+    tl.store(highest + tl.program_id(0), m)
+    tl.store(total + tl.program_id(0), tl.sum(tl.exp2((x - _finite(m)) * (inverse * LOG2_E)), 0))
+    tl.store(where + tl.program_id(0), tl.min(tl.where(x == m, ids, V - 1), 0))
+
+
 @triton.jit(do_not_specialize=["ids_row"])
-def stats_kernel(
-    logits, ids, lse, best, best_value, logprob, inverse, logits_row, ids_row, ASKED: tl.constexpr, BLOCK_K: tl.constexpr,
-    V: tl.constexpr, BLOCK: tl.constexpr,
+def join_kernel(
+    logits, ids, highest, total, where, lse, best, best_value, logprob, inverse, logits_row, ids_row, ASKED: tl.constexpr,
+    BLOCK_K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows)."""
-    row = tl.program_id(0).to(tl.int64)
-    at = logits + row * logits_row
-    lanes = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    where = lanes
-    for start in range(0, V, BLOCK):
-        x = scaled(at + start + lanes, start + lanes < V, inverse)
-        d = x - m
-        e = tl.exp(-tl.abs(d))
-        higher = d > 0
-        total = tl.where(higher, total * e + 1.0, total + e)
-        where = tl.where(higher, start + lanes, where)
-        m = tl.maximum(m, x)
-    highest = tl.max(m, 0)
-    norm = tl.sum(total * tl.exp(m - highest), 0)
-    row_lse = highest + tl.log(norm)
+    """Grid (rows), after stats_kernel."""
+    row, order = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
+    at, there = row * tl.cdiv(V, BLOCK) + order, order < tl.cdiv(V, BLOCK)
+    m = tl.load(highest + at, mask=there, other=float("-inf"))
+    first = tl.load(where + at, mask=there, other=V - 1)
+    most = tl.max(m, 0)
+    share = tl.exp2((_finite(m) - _finite(most)) * (inverse * LOG2_E))
+    norm = tl.sum(tl.load(total + at, mask=there, other=0.0) * share, 0)
+    row_lse = _finite(most * inverse) + tl.log(norm)
     tl.store(lse + row, row_lse)
-    tl.store(best + row, tl.min(tl.where(m == highest, where, V), 0))
-    tl.store(best_value + row, tl.where(norm > 0, highest, float("-inf")))
+    tl.store(best + row, tl.min(tl.where(m == most, first, V - 1), 0))
+    tl.store(best_value + row, most * inverse)
     if ASKED > 0:
-        order = tl.arange(0, BLOCK_K)
-        asked = tl.load(ids + row * ids_row + order, mask=order < ASKED, other=-1)
-        x = scaled(at + asked, (asked >= 0) & (asked < V), inverse)
-        tl.store(logprob + row * ASKED + order, x - row_lse, mask=order < ASKED)
+        wanted = tl.arange(0, BLOCK_K)
+        asked = tl.load(ids + row * ids_row + wanted, mask=wanted < ASKED, other=-1)
+        x = scaled(logits + row * logits_row + asked, (asked >= 0) & (asked < V), inverse)
+        tl.store(logprob + row * ASKED + wanted, x - row_lse, mask=wanted < ASKED)

@@ -31,6 +31,7 @@ def shipped(
                         for kind in KINDS:
                             yield partial(split, sm, rows, dim, dtype, kind)
                             yield partial(split, sm, rows, dim, dtype, kind, work_list=True)
+                        yield partial(split, sm, rows, dim, dtype, work_list=True, STAMPED=True)  # what rounds launch
                 yield partial(combine, sm, dim, dtype)
 
 
@@ -54,7 +55,7 @@ def split(
         **KINDS[kind], **more,
     }  # fmt: skip
     work = "work list" if work_list else "grid"
-    name = f"{work:9} {kind:6} {dtype} D={dim:<3} {chosen}"
+    name = f"{work:9} {kind:6} {dtype} D={dim:<3} {chosen}{' stamped' * more.get('STAMPED', False)}"
     return _compile(kernel, dtype, constants, sm, chosen, name)
 
 

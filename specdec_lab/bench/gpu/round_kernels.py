@@ -20,6 +20,9 @@ DRAWS_DIFFER = 0.02  # of the draws
 LOGS = 2e-5  # of log-sum-exps and log-probabilities, absolute
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 SEED, PURPOSE = 0x1234_5678_9ABC, 2
+VOCABULARIES = (  # of draws: tokens, their type, sequences
+    (1_009, torch.float32, 16), (2_048, torch.bfloat16, 2), (2_049, torch.float32, 2), (128_256, torch.bfloat16, 8),
+)  # fmt: skip
 
 
 def both(name: str, device: torch.device) -> tuple[Any, Any]:
@@ -54,26 +57,36 @@ def rope_append(device: torch.device) -> Iterator[Finding]:
 
 
 def kv_compact(device: torch.device) -> Iterator[Finding]:
-    """Moved bits of rows with no, some and all nodes accepted."""
+    """Moved bits of rows with no, some and all nodes accepted; and of long paths, whose places are the sources of others."""
     ours, reference = both("kv_compact", device)
-    kv = torch.randn(3, 2, 4, 2, 80, 64, device=device).to(torch.bfloat16)
-    path = torch.tensor([[2, 5, 6], [1, 2, 3], [3, 0, 0], [4, 6, 7]], device=device, dtype=torch.int32)
-    counts = torch.tensor([3, 3, 1, 0], device=device, dtype=torch.int32)
-    committed = torch.tensor([0, 17, 64, 70], device=device, dtype=torch.int32)
-    made = ours.kv_compact(kv.clone(), path, counts, committed)
-    yield "kv_compact", _differs(made, reference.kv_compact(kv.clone(), path, counts, committed)), 0.0
+    short = ([[2, 5, 6], [1, 2, 3], [3, 0, 0], [4, 6, 7]], [3, 3, 1, 0], [0, 17, 64, 70])
+    shifted = ([list(range(2, 15)), [*range(1, 7), *range(8, 15)], list(range(1, 27, 2))], [13, 13, 12], [0, 40, 66])
+    for what, (paths, accepted, before) in (("kv_compact", short), ("kv_compact of overlapping moves", shifted)):
+        path, counts, committed = (torch.tensor(t, device=device, dtype=torch.int32) for t in (paths, accepted, before))
+        for heads, dim, dtype in ((2, 64, torch.bfloat16), (5, 80, torch.float32)):
+            kv = torch.randn(3, 2, len(paths), heads, 80, dim, device=device).to(dtype)
+            made = ours.kv_compact(kv.clone(), path, counts, committed)
+            kind = f"{str(dtype).removeprefix('torch.')} {heads} x {dim}"
+            yield f"{what} {kind}", _differs(made, reference.kv_compact(kv.clone(), path, counts, committed)), 0.0
 
 
 def row_lse(device: torch.device) -> Iterator[Finding]:
-    """Over a large vocabulary, with tokens that do not exist."""
+    """Of one row and of many, over vocabularies that end at and beside a program's block, with tokens that do not exist."""
     ours, reference = both("row_lse", device)
-    for dtype, vocab in ((torch.bfloat16, 128_256), (torch.float32, 1_009)):
-        logits = (4 * torch.randn(7, vocab, device=device)).to(dtype)
-        ids = torch.randint(-1, vocab + 1, (7, 3), device=device)
+    for dtype, vocab, rows in (
+        (torch.bfloat16, 128_256, 7), (torch.float32, 1_009, 7), (torch.float32, 4_096, 1), (torch.bfloat16, 4_097, 70),
+    ):  # fmt: skip
+        logits = (4 * torch.randn(rows, vocab, device=device)).to(dtype)
+        logits[0, -1] = 50.0
+        ids = torch.randint(-1, vocab + 1, (rows, 3), device=device)
         made, right = ours.row_lse(logits, 0.8, ids), reference.row_lse(logits.double(), 0.8, ids)
-        what = f"row_lse {str(dtype).removeprefix('torch.')} {vocab}"
+        what = f"row_lse {str(dtype).removeprefix('torch.')} {rows} x {vocab}"
         yield f"{what}: arg-max", _differs(made.best, right.best), 0.0
         yield f"{what}: values", max(_apart(made.lse, right.lse), _apart(made.logprob, right.logprob)), LOGS
+        again, alone = ours.row_lse(logits, 0.8, ids), ours.row_lse(logits[-1:], 0.8, ids[-1:])
+        yield f"{what}: the same bits again and alone", _differs(
+            torch.cat([made.lse, made.lse[-1:]]), torch.cat([again.lse, alone.lse])
+        ), 0.0
 
 
 def accept(device: torch.device) -> Iterator[Finding]:
@@ -108,16 +121,36 @@ def _accepted(what: str, ours: Any, reference: Any, given: tuple[Any, ...]) -> I
 
 
 def sample_rows(device: torch.device) -> Iterator[Finding]:
-    """Draws of many positions."""
+    """Draws of many positions, from vocabularies that end at and beside a program's block; the same bits again, and alone."""
     ours, reference = both("sample_rows", device)
-    batch, tokens, vocab = 16, 4, 1_009
-    logits = 3 * torch.randn(batch, tokens, vocab, device=device)
-    lse, sequences = (logits / 0.8).logsumexp(-1), torch.arange(batch, device=device)
-    positions = torch.arange(tokens, device=device).expand(batch, -1) + 50
-    given = (logits, lse, 0.8, SEED, sequences, positions.contiguous(), PURPOSE)
-    for name in ("draw_gumbel", "draw_inverse"):
-        made, right = getattr(ours, name)(*given), getattr(reference, name)(*given)
-        yield f"sample_rows {name}", float((made.tokens != right.tokens).float().mean()), DRAWS_DIFFER
+    tokens = 4
+    for vocab, dtype, batch in VOCABULARIES if device.type == "cuda" else VOCABULARIES[:-1]:  # the interpreter is slow
+        logits = (3 * torch.randn(batch, tokens, vocab, device=device)).to(dtype)
+        lse, sequences = (logits.float() / 0.8).logsumexp(-1), torch.arange(batch, device=device)
+        positions = (torch.arange(tokens, device=device).expand(batch, -1) + 50).contiguous()
+        refused = _refused(logits, sequences)
+        laws = (logits, lse, logits[:, 1:].contiguous(), lse[:, 1:].contiguous(), None, 0.8)
+        what = f"{str(dtype).removeprefix('torch.')} {vocab}"
+        given = (logits, lse, 0.8, SEED, sequences, positions, PURPOSE)
+        residual = (*laws, refused, SEED, sequences, positions[:, 0].contiguous(), PURPOSE)
+        for name, args in (("draw_gumbel", given), ("draw_inverse", given), ("draw_residual", residual)):
+            draw = getattr(ours, name)
+            made, right = draw(*args), getattr(reference, name)(*args)
+            differs = float((made.tokens != right.tokens).float().mean())
+            yield f"sample_rows {name} {what}", differs, DRAWS_DIFFER if made.tokens.numel() > 50 else 0.0
+            yield f"sample_rows {name} {what}, again", _differs(draw(*args).tokens, made.tokens), 0.0
+        alone = ours.draw_inverse(logits[-1:], lse[-1:], 0.8, SEED, sequences[-1:], positions[-1:], PURPOSE)
+        yield f"sample_rows draw_inverse {what}, alone", _differs(alone.tokens, ours.draw_inverse(*given).tokens[-1:]), 0.0
+
+
+def _refused(logits: Tensor, sequences: Tensor) -> Any:
+    """Acceptance of chains in which every second sequence refused its likeliest token at row 1, the others took one draft."""
+    accepted = import_module("specdec_kernels.accept.reference").Accepted.empty(len(sequences), 3, 1, logits.device).clear()
+    accepted.num_accepted.fill_(1)
+    accepted.row.fill_(1)
+    accepted.num_refused.copy_(sequences % 2)
+    accepted.refused.copy_(torch.where(sequences[:, None] % 2 == 1, logits[:, 1].argmax(-1, keepdim=True), -1))
+    return accepted
 
 
 def noise(device: torch.device) -> Iterator[Finding]:
