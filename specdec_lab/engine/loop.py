@@ -10,7 +10,7 @@ import datetime
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,6 +35,9 @@ from .models.loading import ModelPair
 from .models.runner import Runner, position_mode
 from .session import DRAFT_MARGIN, Session
 from .threads import Threads
+
+if TYPE_CHECKING:
+    from .ranks import LeadingSession
 
 Choose = Callable[[int, float], SpecConfig | str]
 PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
@@ -61,6 +64,16 @@ class Output:
     texts: list[str] | None
     run: Run
     summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What makes two engines over one pair alike; see Engine. rounds: as choose_rounds takes it; forced: as Forced spells it."""
+
+    backend: str
+    instrument: bool
+    rounds: str
+    forced: str | None
 
 
 class Engine:
@@ -100,22 +113,47 @@ class Engine:
         """
         return self.open(workload).steps(choose)
 
+    @classmethod
+    def of(cls, pair: ModelPair, settings: EngineSettings) -> Engine:
+        """One as another engine was."""
+        return cls(pair, settings.backend, instrument=settings.instrument, rounds=settings.rounds, forced=settings.forced)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What gives such an engine again, on another rank say."""
+        forced = None if self.forced is None else str(self.forced)
+        return EngineSettings(self.backend.name, self.instrument, self.rounds.asked, forced)
+
     def open(self, workload: Workload) -> OpenSession:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
+        clock, synced = self._timers()
+        orders = None if self.pair.target.group is None else self.pair.target.group.orders
+        if orders is None:
+            return OpenSession(self, self._session(workload, clock, synced), workload, clock)
+        session = orders.open(self.settings, workload, lambda: self._session(workload, clock, synced))
+        return OpenSession(self, session, workload, clock)
+
+    def session(self, workload: Workload) -> Session:
+        """What this rank does in a session that another one opens."""
+        return self._session(workload, *self._timers())
+
+    def _timers(self) -> tuple[Clock, SyncedNow | None]:
+        """A clock, and the time of a clock that waits for a device, where there is one."""
         synced = SyncedNow(torch.cuda.synchronize) if self.pair.target.device.type == "cuda" else None
         timed = {} if synced is None else {"now": synced}
-        clock = self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed))
+        return self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed)), synced
+
+    def _session(self, workload: Workload, clock: Clock, synced: SyncedNow | None) -> Session:
         made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         if not self.rounds.on_device:
-            return OpenSession(self, Session(*made, self.forced), workload, clock)
+            return Session(*made, self.forced)
         device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
         check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
-        session = DeviceSession(
+        return DeviceSession(
             *made, forced=self.forced, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured",
             instrumented=self.instrument, synced=synced,
-        )  # fmt: skip
-        return OpenSession(self, session, workload, clock)
+        )
 
     def check_memory(self, batch: int, tokens: int) -> None:
         """CacheTooLarge, with the bytes and what fits, if the target's KV cannot hold this; nothing is allocated."""
@@ -225,7 +263,7 @@ class Engine:
 class OpenSession:
     """A workload whose prompts are (once first used) in the cache; run any number of configurations from there."""
 
-    def __init__(self, engine: Engine, session: Session, workload: Workload, clock: Clock) -> None:
+    def __init__(self, engine: Engine, session: Session | LeadingSession, workload: Workload, clock: Clock) -> None:
         self._engine, self._session, self._workload, self._clock = engine, session, workload, clock
         self._used = False
 
@@ -262,7 +300,7 @@ class OpenSession:
             if prefilled is not None:
                 yield from _paused(clock, prefilled)
             while session.live:
-                config = fixed or _parse(chooser(session.live, session.mean_length))
+                config = fixed or self._chosen(chooser)
                 note = take_note() if take_note is not None else None
                 if fixed is None:
                     session.check(config)
@@ -272,6 +310,12 @@ class OpenSession:
                 if observe is not None:
                     observe(step)
                 yield from _paused(clock, step)
+
+
+    def _chosen(self, chooser: Choose) -> SpecConfig:
+        """The chooser's answer; of ranks that run one program together the first one's, for choosers may look at the clock."""
+        config, group = _parse(chooser(self._session.live, self._session.mean_length)), self._engine.pair.target.group
+        return config if group is None else _parse(group.same(str(config)))
 
 
 def _paused(clock: Clock, step: StepRecord) -> Iterator[StepRecord]:
@@ -322,8 +366,15 @@ def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds) -> dict[st
     return {
         "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
         "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
-        "rounds": rounds.spelled or on_host,
+        "rounds": _spelled(rounds, on_host, runner),
         "prompts": PROMPTS.get(backend.name, backend.name), "position_mode": position_mode(runner),
         "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
         "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,
     }
+
+
+def _spelled(rounds: Rounds, on_host: str, runner: Runner) -> str:
+    """Where a model's rounds run, and among how many ranks; a draft is whole on each of them."""
+    if runner.group is None:
+        return replace(rounds, ranks="").spelled or on_host
+    return rounds.spelled or f"{on_host}; {rounds.ranks}"

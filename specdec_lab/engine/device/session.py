@@ -53,6 +53,7 @@ from .graphs import CapturedPlayers, EagerPlayers, Player, Players
 from .kernel_deciding import KernelDeciding
 from .ops import Ops, TritonOps
 from .program import Program
+from .rank_deciding import FirstRankDecides
 from .readings import HostPost, Letter, PinnedPost, Post, Reading, SyncedNow, end_ns, lap, readings, start_ns
 from .round import Stage
 from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LAG, LIVE, RANKS, TOKENS, DeviceState
@@ -106,6 +107,8 @@ class DeviceSession(Session):
         assert isinstance(pair.target, FastLlama)
         deciding = _deciding(batch, ops)
         deciding = deciding if forced is None else ForcedDeciding(deciding, forced, batch.noise)
+        if (group := pair.target.group) is not None:
+            deciding = FirstRankDecides(deciding, group)
         self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, deciding, instrumented)
         self._players: Players = CapturedPlayers(self._stage, cuda) if captured else EagerPlayers(self._stage, "eager")
         on_cuda = pair.target.device.type == "cuda"
