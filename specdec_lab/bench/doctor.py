@@ -127,10 +127,7 @@ def _engine(engine: Engine | None, why_not: str) -> Iterable[Finding]:
     else:
         yield Finding("draft", OK, f"{pair.draft.name} ({pair.draft.shape.params:,} parameters)")
     yield Finding("runner", OK, _runner_words(engine))
-    reason = pair.target.why_not_compiled(engine.backend)
-    yield Finding("rounds", OK, "one compiled call each; prompts go through sdpa") if reason is None else Finding(
-        "rounds", NOTE, f"layer by layer: {reason}"
-    )
+    yield Finding("rounds", NOTE if "layer by layer" in engine.where else OK, engine.where)
     yield _threads(engine.threads.most, machine.openmp_libraries())
     kind, threads = ("float32", ", all threads") if pair.target.device.type == "cpu" else ("bfloat16", "")
     yield Finding(

@@ -68,7 +68,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What makes two engines over one pair alike; see Engine. rounds: as choose_rounds takes it; forced: as Forced spells it."""
+    """What makes two engines over one pair alike; see Engine. forced: as Forced spells it."""
 
     backend: str
     instrument: bool
@@ -105,6 +105,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.pair!r}, backend={self.backend.name!r})"
+
+    @property
+    def where(self) -> str:
+        """Where and how the target's rounds run, as headers say it."""
+        return str(_facts(self.pair.target, self.backend, self.rounds)["rounds"])
 
     def steps(self, workload: Workload, choose: Any) -> Stream:
         """The run of a workload as a stream: a "prefill" record per turn that reads text, then a record per round.
@@ -374,7 +379,8 @@ def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds) -> dict[st
 
 
 def _spelled(rounds: Rounds, on_host: str, runner: Runner) -> str:
-    """Where a model's rounds run, and among how many ranks; a draft is whole on each of them."""
-    if runner.group is None:
-        return replace(rounds, ranks="").spelled or on_host
-    return rounds.spelled or f"{on_host}; {rounds.ranks}"
+    """Where a model's rounds run, among how many ranks (a draft is whole on each of them), and why not as graphs on a GPU."""
+    here = rounds if runner.group is not None else replace(rounds, ranks="")
+    among = f"; {here.ranks}" if here.ranks else ""
+    why = f"; not as graphs: {rounds.reason}" if runner.device.type == "cuda" else ""
+    return here.spelled or f"{on_host}{among}{why}"

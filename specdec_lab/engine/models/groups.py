@@ -2,10 +2,11 @@
 
 What devices do together is in place on tensors that a captured graph may hold, asks the host nothing, and is the same code
 for NCCL and for gloo. **Ranks decide alike by construction.** A sum may differ in its last bits from rank to rank, for NCCL
-promises no order; so may kernels on unlike GPUs. Logits do not: each is computed by one rank and copied to all. Yet nobody has
-to rely on that: in rounds on the device every choice made of logits is the first rank's, sent to all (`of_first`: a few integers
-per forward, beside two sums per layer). What follows from choices, lengths, live rows, flights, is then the same everywhere.
-Rounds on the host check that instead (`check_equal`). Not known here: what is decided.
+promises no order; so may a draft network that every rank holds, and kernels on unlike GPUs. Logits of shards do not: each is
+computed by one rank and copied to all. Yet nobody has to rely on that: in rounds on the device every choice made of logits is
+the first rank's, sent to all (`of_first`: a few integers per forward, beside two sums per layer). What follows from choices,
+lengths, live rows, flights, is then the same everywhere. Rounds on the host check it instead (`check_equal`). Not known here:
+what is decided.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Processes:
     """The ranks of torch.distributed, one process each; hosts talk over gloo."""
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.orders = ranks, None
+        self.ranks = ranks
+        self.orders: Orders | None = None
         self._backend = torch.distributed.get_backend()
         self.words = f"{ranks} ranks over {self._backend}"
         self.hosts = torch.distributed.new_group(backend="gloo", timeout=FOREVER)

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 FAULT = 1  # exit code where nobody gave one
 LOOK_S = 0.2
 PATIENCE_S = 5.0  # for others to notice
@@ -144,5 +142,8 @@ def meeting() -> Meeting | None:
     """Of this process, opened when first asked for; None for a process that was started alone."""
     if not is_started_together():
         return None
-    store, rank, ranks = next(iter(torch.distributed.rendezvous("env://")))
-    return Meeting(torch.distributed.PrefixStore("specdec_lab", store), rank, ranks).start()
+    from torch.distributed import distributed_c10d
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, ranks = next(iter(rendezvous("env://")))
+    return Meeting(distributed_c10d.PrefixStore("specdec_lab", store), rank, ranks).start()

@@ -145,7 +145,10 @@ class Placement:
                 raise ParallelError("a shard runs alone; leave out shard or tensor_parallel")
             part = Shard.parse(shard) if isinstance(shard, str) else shard
             return cls(part, Alone(part.ranks))
-        return None if tensor_parallel == 1 else cls(*join(tensor_parallel, device))
+        if tensor_parallel == 1:
+            return None
+        part, group = join(tensor_parallel, device)
+        return cls(part, group)
 
     @property
     def labels(self) -> tuple[str, ...]:
