@@ -17,7 +17,7 @@ class Ended:
     err: str
 
 
-def run_ranks(*words: str, ranks: int = 2, cwd: str | None = None, limit_s: float = 90.0) -> tuple[list[Ended], float]:
+def run_ranks(*words: object, ranks: int = 2, cwd: object = None, limit_s: float = 150.0) -> tuple[list[Ended], float]:
     """`python *words` as ranks of one group: how each ended, and seconds until the last one had."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,7 +25,7 @@ def run_ranks(*words: str, ranks: int = 2, cwd: str | None = None, limit_s: floa
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     running = [
-        subprocess.Popen([sys.executable, *words], env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
         for rank in range(ranks)
     ]  # fmt: skip

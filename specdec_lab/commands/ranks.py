@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from ..engine.models.meeting import Meeting
+from ..engine.models.meeting import meeting as of_this_process
 from .mistakes import UserMistake
 from .outcome import OK, Outcome
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
-    from ..engine.models.meeting import Meeting
     from .lab import Lab
 
 FAULT = 1
@@ -72,7 +73,7 @@ class Ends:
 @contextmanager
 def among_ranks(err: TextIO) -> Iterator[Ends]:
     """Around a command. A fault of the program ends all ranks too, and is shown once."""
-    meeting = _meeting()
+    meeting = of_this_process()
     try:
         yield Ends(err, meeting)
     except Exception:
@@ -80,11 +81,3 @@ def among_ranks(err: TextIO) -> Iterator[Ends]:
             raise
         raise SystemExit(FAULT) from None
 
-
-def _meeting() -> Meeting | None:
-    """None, and torch not loaded, for a process that was started alone."""
-    if int(os.environ.get("WORLD_SIZE") or "1") < 2 or "MASTER_ADDR" not in os.environ:
-        return None
-    from ..engine.models.meeting import meeting
-
-    return meeting()

@@ -72,17 +72,16 @@ class Meeting:
 
     def leave(self) -> None:
         """At exit. In order: wait until all others leave too. After a failure: wait a little, until they have noticed."""
-        if hasattr(sys, "last_type") and not self._has_ended:
-            self.end(FAULT)
-        try:
-            if self._has_ended:
-                self._linger()
-            else:
-                self._wait_for_all()
-        except RuntimeError:  # the store is gone, and with it the others: they had all left
-            pass
         self._stop.set()
         self._watch.join()
+        try:
+            if hasattr(sys, "last_type") and not self._has_ended:
+                self.end(FAULT)
+            if not self._has_ended:
+                self._wait_for_all()
+            self._part("noticed" if self._has_ended else "gone")
+        except RuntimeError:  # the store is gone, and with it the others: they had all left
+            pass
         if not self._has_ended:
             for work in reversed(self._after):
                 work()
@@ -91,14 +90,17 @@ class Meeting:
         for work in self._before:
             work()
         self._store.set(f"left{self.rank}", " ".join(str(self._met[kind]) for kind in KIND))
-        while not self._store.check([f"left{rank}" for rank in range(self.ranks)]):
+        while not self._has_ended and not self._store.check([f"left{rank}" for rank in range(self.ranks)]):
+            self._has_ended = self._store.check(["over"])  # by one that failed meanwhile
             time.sleep(LOOK_S / 4)
-        if self._store.add("gone", 1) < self.ranks and self.rank == 0:  # the store may be this process's own
-            self._until("gone")
 
-    def _linger(self) -> None:
-        self._store.add("noticed", 1)
-        self._until("noticed")
+    def _part(self, key: str) -> None:
+        """Wait until all ranks have come to this point, for a while; rank 0, whose own the store may be, until they have gone."""
+        self._store.add(key, 1)
+        self._until(key)
+        self._store.add(f"{key} and gone", 1)
+        if self.rank == 0:
+            self._until(f"{key} and gone")
 
     def _until(self, key: str) -> None:
         """All ranks counted at a key, or patience is at an end."""
@@ -113,7 +115,8 @@ class Meeting:
             except RuntimeError as error:
                 if self._stop.is_set() or self._has_ended:
                     return
-                self._go(FAULT, f"the processes started with rank {self.rank} cannot be reached any more ({error})")
+                self._say(f"the processes started with rank {self.rank} cannot be reached any more ({error})")
+                self._go(FAULT)
 
     def _look(self) -> None:
         if self._has_ended:
@@ -121,17 +124,22 @@ class Meeting:
         if self._store.check(["over"]):
             first, _, code = self._store.get("over").decode().partition(" ")
             if int(first) != self.rank:
-                self._store.add("noticed", 1)
+                self._part("noticed")
                 self._go(int(code))
             return
         for rank in (r for r in range(self.ranks) if r != self.rank and self._store.check([f"left{r}"])):
             most = dict(zip(KIND, map(int, self._store.get(f"left{rank}").split()), strict=True))
             if any(self._met[kind] > most[kind] for kind in KIND) and self.end(FAULT):
-                self._go(FAULT, f"rank {rank} ended while rank {self.rank} still waited for it")
+                self._say(f"rank {rank} ended while rank {self.rank} still waited for it")
+                self._part("noticed")
+                self._go(FAULT)
+                return
 
-    def _go(self, code: int, words: str = "") -> None:
-        if words:
-            sys.stderr.write(f"specdec_lab: error: {words}\n")
+    @staticmethod
+    def _say(words: str) -> None:
+        sys.stderr.write(f"specdec_lab: error: {words}\n")
+
+    def _go(self, code: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self._exit(code)
