@@ -8,7 +8,8 @@ import sys
 import specdec_lab as sd
 
 PROMPTS = [list(range(5, 45)), list(range(100, 120))]
-HOST = (("off", {}), ("model:4+12/chain2", {}), ("self:full/2,1", {}), ("self:4+12/chain3", {"temperature": 0.8, "seed": 5}))  # fmt: skip
+HOST = (("off", {}), ("model:4+12/chain2", {}), ("self:full/2,1", {}),
+        ("self:4+12/chain3", {"temperature": 0.8, "seed": 5}))  # fmt: skip
 COUPLED = {"temperature": 0.8, "verifier": "coupled", "seed": 3}
 EAGER = (("off", {}), ("off", COUPLED), ("self:4+12/chain3", COUPLED), ("model:4+12/chain2", {}), ("model:4+12/2,1", COUPLED),
          ("self:4+12/2,1", {}), HOST[-1])  # fmt: skip

@@ -24,10 +24,11 @@ def run_ranks(*words: object, ranks: int = 2, cwd: object = None, limit_s: float
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
+    environments = [{**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     running = [
-        subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-        for rank in range(ranks)
+        subprocess.Popen([sys.executable, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True, cwd=cwd)
+        for environment in environments
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=limit_s) for process in running]

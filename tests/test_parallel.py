@@ -61,7 +61,8 @@ def test_a_mistake_that_all_ranks_make_is_told_once():
 
 def test_torchrun_sees_a_rank_that_fails_though_the_other_waits_for_it():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(HERE / "parallel_failing.py"), "mistake"], capture_output=True, text=True, timeout=120)
+    words = [*torchrun, str(HERE / "parallel_failing.py"), "mistake"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("no random-weight model is called 'nobody'") == 1
 

@@ -95,7 +95,7 @@ class Meeting:
             time.sleep(LOOK_S / 4)
 
     def _part(self, key: str) -> None:
-        """Wait until all ranks have come to this point, for a while; rank 0, whose own the store may be, until they have gone."""
+        """Wait a while until all ranks have come to this point; rank 0, whose own the store may be, until they have gone."""
         self._store.add(key, 1)
         self._until(key)
         self._store.add(f"{key} and gone", 1)
