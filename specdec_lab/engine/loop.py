@@ -30,9 +30,11 @@ from .device.ops import ops_for
 from .device.plan import check_memory
 from .device.readings import SyncedNow
 from .device.session import ROUNDS_PER_READ, DeviceSession
+from .device.temporaries import Choosing
 from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner, position_mode
+from .sampling import Processor
 from .session import DRAFT_MARGIN, Session
 from .threads import Threads
 
@@ -154,7 +156,8 @@ class Engine:
         if not self.rounds.on_device:
             return Session(*made, self.forced)
         device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
-        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
+        choosing = Choosing(Processor(workload.temperature, workload.top_p, workload.top_k), workload.verifier, self.rounds.ops)
+        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device), choosing)
         return DeviceSession(
             *made, forced=self.forced, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured",
             instrumented=self.instrument, synced=synced,
