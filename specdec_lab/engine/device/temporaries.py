@@ -1,9 +1,9 @@
 """What one round holds at its highest besides buffers and caches, in bytes, from shapes alone.
 
-Nearly all of it is as wide as the vocabulary: logits, laws, noise. So it is counted in bytes per row of logits and token id, and
-for every way of choosing tokens apart: kernels that read logits hold nothing else, where torch chooses, float64 noise and sorted
-copies lie beside them. Held to what rounds really hold by tests/test_device_memory.py; what libraries allocate inside one
-operation cannot be seen there and is an allowance. Not known here: caches, what is free.
+Nearly all of it is as wide as the vocabulary: logits, laws, noise. So it is counted in bytes per row of logits and token id,
+apart for every way of choosing tokens: kernels that read logits hold nothing else; where torch chooses, float64 noise and
+sorted copies lie beside them. Held to what rounds really hold by tests/test_device_memory.py; what libraries allocate inside
+one operation cannot be seen there and is an allowance. Not known here: caches, what is free.
 """
 
 from __future__ import annotations
