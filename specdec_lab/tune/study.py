@@ -6,7 +6,6 @@ this process or in workers. Only this process writes. Not known here: engine, vi
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from .. import machine
 from ..policy import Policy, Rules
 from ..records import Cell, Identity, SpecConfig
 from .assemble import CellEvidence, State, assemble, choose_portfolio, refuse_forced
@@ -78,7 +78,7 @@ def tune(
     report: Report = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     allow_forced: bool = False,
-    now: Callable[[], str] = lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    now: Callable[[], str] = machine.now,
 ) -> Policy:
     """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
 
