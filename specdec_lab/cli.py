@@ -20,7 +20,7 @@ from .commands.lab import Lab
 from .commands.mistakes import UserMistake, asked
 from .commands.outcome import INTERRUPTED, MISTAKE, OK, Outcome, StreamJob
 from .commands.parser import SHELL, Finished, build_parser
-from .commands.ranks import among_ranks, check_verb, follow, follows, is_first_rank
+from .commands.ranks import among_ranks, follow, follows, is_first_rank
 from .commands.screen import Screen, drain
 from .commands.verbs import handle
 
@@ -53,7 +53,6 @@ def main(
 
 def _run(argv: Sequence[str] | None, lab: Lab) -> int:
     args = build_parser(SHELL).parse_args(argv)
-    check_verb(args)
     given = follow(lab, args) if follows(args) else handle(lab, args)
     outcome = given if isinstance(given, Outcome) else _work(given, Screen(lab.err))
     words = json.dumps(outcome.data, indent=1, allow_nan=False) if args.json else outcome.words

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from .mistakes import UserMistake, asked
-from .ranks import lead
+from .ranks import check_verb, lead
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
@@ -75,6 +75,7 @@ class Lab:
             if "model" in wanted:
                 raise UserMistake(f"--random-weights {shape} is a model already; leave {wanted['model']} out")
             wanted["model"] = f"random:{shape}"
+        check_verb(args)
         if self.engine is None or wanted:
             self.engine = self._make(wanted)
         return self.engine
