@@ -21,13 +21,13 @@ def decided(ranks):
     tokens, steps = {}, {}
     for rounds, runs in (("host", HOST), ("eager", EAGER)):
         engine = sd.Engine(pair, backend="sdpa", rounds=rounds)
-        made = [engine.generate(PROMPTS, config, max_new_tokens=10, **sampling) for config, sampling in runs]
+        made = [engine.generate(PROMPTS, config, max_new_tokens=8, **sampling) for config, sampling in runs]
         tokens[rounds] = [output.tokens for output in made]
         steps[rounds] = [[[list(step.accepted), step.config] for step in output.run.rounds] for output in made]
         spelled = made[0].run.header.target["rounds"]
-    chosen = engine.generate(PROMPTS, _Clocked(), max_new_tokens=30).run
+    chosen = engine.generate(PROMPTS, _Clocked(), max_new_tokens=24).run
     other = sd.Engine(_with_own_draft(pair), backend="sdpa", rounds="eager")
-    own = other.generate(PROMPTS, "model:full/chain2", max_new_tokens=10).tokens
+    own = other.generate(PROMPTS, "model:full/chain2", max_new_tokens=8).tokens
     kv = engine.open(sd.Workload("x", ((1, 2),), 4))._session._cache.kv.numel()
     return {"tokens": tokens, "steps": steps, "rounds": spelled, "chosen": [step.config for step in chosen.rounds],
             "own draft": own, "kv": kv, "per_token": pair.target.shape.kv_bytes_per_token(8)}  # fmt: skip

@@ -71,16 +71,16 @@ def test_profile_and_tune_under_two_ranks_measure_what_they_measure_in_one_proce
     """The first rank reads the clock, decides and writes; the second one only follows."""
     (first, second), _ = run_ranks(
         "-m", "specdec_lab", "profile", *AMONG_TWO, "--rounds", "eager", "--workload", "random", "--cells", "2x64", "--configs",
-        "self:4+12/chain3", "--blocks", "2", "--block-seconds", "0.02", "--trace", "traces", "--json", cwd=tmp_path,
+        "self:4+12/chain3", "--blocks", "1", "--block-seconds", "0.01", "--trace", "traces", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert (first.code, second.code, second.out.strip()) == (0, 0, ""), first.err + second.err
     said = json.loads(first.out)
     assert {c["config"] for c in said["comparisons"]} == {"off", "self:4+12/chain3"}
     assert not said["mismatches"]
     assert "2 ranks over gloo" in said["header"]["target"]["rounds"]
-    assert len(list((tmp_path / "traces").iterdir())) >= 4
+    assert len(list((tmp_path / "traces").iterdir())) >= 2
     (first, second), _ = run_ranks(
-        "-m", "specdec_lab", "tune", *AMONG_TWO, "--workload", "random", "--batches", "2", "--lengths", "64", "--budget", "4s",
+        "-m", "specdec_lab", "tune", *AMONG_TWO, "--workload", "random", "--batches", "2", "--lengths", "64", "--budget", "1s",
         "--db", "db", cwd=tmp_path,
     )  # fmt: skip
     assert (first.code, second.code) in {(code, 0) for code in (0, 3, 4)}, first.err + second.err
