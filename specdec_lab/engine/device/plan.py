@@ -1,8 +1,8 @@
 """What device rounds will allocate, from shapes alone, before anything is allocated; and what would fit instead.
 
 Weights are loaded by then and not counted. Temporaries (temporaries.py) are those of a chain and of a tree of NODES drafted
-tokens a row, whichever holds more: which configurations will run is not known yet. The pool of captured graphs holds them. Not
-known here: allocators.
+tokens a row, whichever holds more: which configurations will run is not known yet. The pool of captured graphs holds them.
+Lists are those of one SnapKV view of up to LISTED tokens. Not known here: allocators.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from ..models.groups import Processes
 from ..models.loading import ModelPair
 from ..models.runner import Runner
 from ..sampling import Processor
-from .state import ENTRY, TIMES
+from .state import ENTRY, MATCHING, TIMES
 from .temporaries import Choosing, Widths, forward_bytes, reference_attention_bytes
 
 NODES = 16
 ASSUMED = (Widths.of(TreeShape.chain(NODES)), Widths.of(TreeShape.branching((4, 3))))
+LISTED = 4096
+LIST_COPIES = 3  # as chosen, as chosen anew, and the buffer that rounds read
+ENTRY_BYTES = 4  # of a list
 LIBRARIES_BYTES = 128 << 20  # workspaces of matrix products, compiled kernels
 RANKS_BYTES = 512 << 20  # buffers through which NCCL's channels talk; an allowance
 SORT_COPIES = 2  # of what torch sorts on a GPU, inside the one operation; an allowance
@@ -33,9 +36,13 @@ GREEDY = Choosing(Processor(0.0), "rejection", "triton")
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by purpose. workspace: partial results of attention; temporaries: logits, laws, noise and activations.
+    """Bytes by purpose.
 
-    The two are not there at the same time, yet an allocator need not find the place of one fit for the other.
+    workspace    partial results of attention
+    temporaries  logits, laws, noise and activations
+    lists        what a SnapKV view names in every layer and KV head
+
+    The first two are not there at the same time, yet an allocator need not find the place of one fit for the other.
     """
 
     target_kv: int
@@ -43,16 +50,16 @@ class MemoryPlan:
     workspace: int
     temporaries: int
     state: int
+    lists: int = 0
     libraries: int = LIBRARIES_BYTES
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.target_kv + self.draft_kv + self.workspace + self.temporaries + self.state + self.libraries
+        return sum(getattr(self, name) for name in self.__slots__)
 
     def __str__(self) -> str:
-        parts = ("target_kv", "draft_kv", "workspace", "temporaries", "state", "libraries")
-        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):,}" for name in parts)
+        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):,}" for name in self.__slots__)
 
 
 def plan(
@@ -65,9 +72,15 @@ def plan(
         _kv(pair.target, batch, slots), 0 if pair.draft is None else _kv(pair.draft, batch, slots),
         max(_workspace(pair, batch, slots, w, choosing) for w in widths),
         max(_temporaries(pair, batch, slots, w, choosing) for w in widths),
-        batch * slots * INT + 2 * rounds_per_read * (batch * ENTRY + TIMES) * INT,
+        batch * slots * INT + 2 * rounds_per_read * (batch * ENTRY + TIMES) * INT + batch * MATCHING * INT,
+        LIST_COPIES * list_bytes(pair.target, batch, min(LISTED, slots)),
         LIBRARIES_BYTES + (RANKS_BYTES if _meets_on_gpus(pair.target) else 0),
     )  # fmt: skip
+
+
+def list_bytes(runner: Runner, batch: int, budget: int) -> int:
+    """Of lists of `budget` tokens."""
+    return runner.shape.layers * batch * runner.shape.kv_heads * budget * ENTRY_BYTES
 
 
 def check_memory(

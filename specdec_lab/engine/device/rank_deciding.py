@@ -32,9 +32,11 @@ class FirstRankDecides:
         tokens = self.group.of_first(made.tokens)
         return replace(made, tokens=tokens, fed=fed_next(program, level, tokens))
 
-    def accept(self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor) -> Decision:
+    def accept(
+        self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor, forced: Tensor | None = None
+    ) -> Decision:
         """See Deciding.accept."""
-        made = self.inner.accept(program, drafted, scores, committed)
+        made = self.inner.accept(program, drafted, scores, committed, forced)
         parts = [p for p in (made.num_accepted[:, None], made.tokens, made.path, made.ranks) if p is not None]
         agreed = self.group.of_first(torch.cat([part.long() for part in parts], 1))
         count, tokens, *more = agreed.split([part.shape[1] for part in parts], 1)
