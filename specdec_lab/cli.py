@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .commands.lab import Lab, is_first_rank
+from .commands.lab import Lab
 from .commands.mistakes import UserMistake, asked
 from .commands.outcome import INTERRUPTED, MISTAKE, OK, Outcome, StreamJob
 from .commands.parser import SHELL, Finished, build_parser
+from .commands.ranks import among_ranks, follow, follows, is_first_rank
 from .commands.screen import Screen, drain
 from .commands.verbs import handle
 
@@ -35,25 +36,24 @@ def main(
     """Run one verb and return its exit code; `load`, `out` and `err` are injected in tests."""
     speaks = is_first_rank()
     out, err = out or (sys.stdout if speaks else io.StringIO()), err or sys.stderr
-    try:
-        with _short_warnings(err):
-            return _run(argv, Lab(load, out=out, err=err))
-    except Finished:
-        return OK
-    except UserMistake as mistake:
-        err.write(f"{SHELL}: error: {mistake}\n")
-        return MISTAKE
-    except KeyboardInterrupt:
-        err.write(f"{SHELL}: interrupted\n")
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output went away, as `| head` does: the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    with among_ranks(err) as ends:
+        try:
+            with _short_warnings(err):
+                return _run(argv, Lab(load, out=out, err=err))
+        except Finished:
+            return OK
+        except UserMistake as mistake:
+            return ends.say(f"{SHELL}: error: {mistake}", MISTAKE)
+        except KeyboardInterrupt:
+            return ends.say(f"{SHELL}: interrupted", INTERRUPTED)
+        except BrokenPipeError:  # whoever read our output went away, as `| head` does: the rest goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
 
 
 def _run(argv: Sequence[str] | None, lab: Lab) -> int:
     args = build_parser(SHELL).parse_args(argv)
-    given = handle(lab, args)
+    given = follow(lab, args) if follows(args) else handle(lab, args)
     outcome = given if isinstance(given, Outcome) else _work(given, Screen(lab.err))
     words = json.dumps(outcome.data, indent=1, allow_nan=False) if args.json else outcome.words
     lab.out.write(f"{words}\n")

@@ -26,6 +26,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.graphs: list[FakeGraph] = []
         self.pools: list[Any] = []
+        self.modes: list[dict[str, str]] = []  # of captures, where they are not the usual
         self.capturing, self.rehearsals = None, 0
         self._default = FakeStream()
 
@@ -47,8 +48,9 @@ class FakeCuda:
         return self.graphs[-1]
 
     @contextmanager
-    def graph(self, graph, pool, stream):
+    def graph(self, graph, pool, stream, **mode):
         self.pools.append(pool)
+        self.modes.append(mode)
         self.capturing = graph
         yield
         self.capturing = None

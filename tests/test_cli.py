@@ -586,7 +586,7 @@ def test_doctor_gives_a_table_and_json_also_without_a_model():
 
 
 def test_bench_overhead_is_printed_and_saved_only_when_asked(random_text):
-    words = ("bench", "overhead", "--cell", "2x20", "--config", "off", "--rounds", 3, "--blocks", 2, "--db", "db")
+    words = ("bench", "overhead", "--cell", "2x20", "--config", "off", "--run-rounds", 3, "--blocks", 2, "--db", "db")
     code, out, _ = call(*words)
     assert code == 0
     assert "median of 2 blocks" in out

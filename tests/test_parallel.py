@@ -13,29 +13,79 @@ import torch
 import specdec_lab as sd
 import tiny
 from parallel_rank import decided
+from ranks_world import run_ranks
 from specdec_lab.costs.shapes import SHAPES
-from specdec_lab.engine.models.parallel import Alone, ParallelError, Shard, ShardedWeights, why_not_cut
+from specdec_lab.engine.models.groups import Alone
+from specdec_lab.engine.models.parallel import ParallelError, Shard, ShardedWeights, why_not_cut
+
+HERE = Path(__file__).parent
+AMONG_TWO = ("--random-weights", "tiny", "--tensor-parallel", "2", "--device", "cpu", "--backend", "sdpa")
 
 
 def test_two_processes_emit_what_one_does_with_half_the_kv_each(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(Path(__file__).with_name("parallel_rank.py")), str(tmp_path)], capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    (first, second), _ = run_ranks(HERE / "parallel_rank.py", tmp_path)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
     alone = decided(1)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["tokens"] == alone["tokens"]
+        assert found["steps"] == alone["steps"]
+        assert found["rounds"] == "eager, reference operations, 2 ranks over gloo: no CUDA"
         assert 2 * found["kv"] == alone["kv"]
         assert 2 * found["per_token"] == alone["per_token"]
+        assert found["chosen"] == alone["chosen"], "a choice that differs between ranks is the first one's"
+        assert found["own draft"] == alone["tokens"]["eager"][0], "a draft network that differs decides nothing"
+    assert any(sum(accepted) for run in alone["steps"]["eager"] for accepted, _ in run)
+    assert len(set(alone["chosen"])) == 2
 
 
-def test_a_rank_that_fails_ends_the_run_though_the_other_waits_for_it():
+@pytest.mark.parametrize(("way", "words"), [("fault", "rank 1 fails here"), ("exits", "rank 1 has nothing to read")])
+def test_a_rank_that_ends_early_ends_the_other_within_seconds_and_its_words_are_shown_once(way, words):
+    (first, second), _ = run_ranks(HERE / "parallel_failing.py", way)
+    assert (first.code, second.code) == (1, 1)
+    assert second.err.count(f"Error: {words}" if way == "fault" else words) == 1
+    assert "frame #" not in first.err + second.err
+    assert "Traceback" not in first.err
+    assert first.err.strip().splitlines()[-1:] == (
+        ["specdec_lab: error: rank 1 ended while rank 0 still waited for it"] if way == "exits" else []
+    )  # fmt: skip
+
+
+def test_a_mistake_that_all_ranks_make_is_told_once():
+    ends, _ = run_ranks(
+        "-m", "specdec_lab", "run", *AMONG_TWO, "--workload", "random", "--cell", "1x64", "--config", "self:nonsense"
+    )
+    assert [end.code for end in ends] == [2, 2]
+    assert sorted(end.err.count("'self:nonsense': the tree is missing") for end in ends) == [0, 1]
+
+
+def test_torchrun_sees_a_rank_that_fails_though_the_other_waits_for_it():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(Path(__file__).with_name("parallel_failing.py"))], capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+    words = [*torchrun, str(HERE / "parallel_failing.py"), "mistake"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "rank 1 fails here" in done.stderr
+    assert done.stderr.count("no random-weight model is called 'nobody'") == 1
+
+
+def test_profile_and_tune_under_two_ranks_measure_what_they_measure_in_one_process(tmp_path):
+    """The first rank reads the clock, decides and writes; the second one only follows."""
+    (first, second), _ = run_ranks(
+        "-m", "specdec_lab", "profile", *AMONG_TWO, "--rounds", "eager", "--workload", "random", "--cells", "2x64", "--configs",
+        "self:4+12/chain3", "--blocks", "1", "--block-seconds", "0.01", "--trace", "traces", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert (first.code, second.code, second.out.strip()) == (0, 0, ""), first.err + second.err
+    said = json.loads(first.out)
+    assert {c["config"] for c in said["comparisons"]} == {"off", "self:4+12/chain3"}
+    assert not said["mismatches"]
+    assert "2 ranks over gloo" in said["header"]["target"]["rounds"]
+    assert len(list((tmp_path / "traces").iterdir())) >= 2
+    (first, second), _ = run_ranks(
+        "-m", "specdec_lab", "tune", *AMONG_TWO, "--workload", "random", "--batches", "2", "--lengths", "64", "--budget", "1s",
+        "--db", "db", cwd=tmp_path,
+    )  # fmt: skip
+    assert (first.code, second.code) in {(code, 0) for code in (0, 3, 4)}, first.err + second.err
+    assert json.loads((tmp_path / "policy.json").read_text())["table"]
+    assert list((tmp_path / "db").rglob("*.jsonl"))
 
 
 def test_shards_put_side_by_side_are_the_whole_tensor():

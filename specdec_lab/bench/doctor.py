@@ -158,13 +158,9 @@ def _threads(most: int, libraries: tuple[str, ...]) -> Finding:
 
 
 def _rounds(engine: Engine) -> Finding:
-    if engine.rounds.spelled is not None:
-        return Finding("rounds", OK if engine.rounds.mode == "captured" else NOTE, engine.rounds.spelled)
-    reason = engine.pair.target.why_not_compiled(engine.backend)
-    if reason is None:
-        return Finding("rounds", OK, "one compiled call each; prompts go through sdpa")
-    why = f"; on the host: {engine.rounds.reason}" if _is_on_gpu(engine) else ""
-    return Finding("rounds", NOTE, f"layer by layer: {reason}{why}")
+    """Where rounds run. As graphs on a GPU and in one compiled call on a CPU is as it should be."""
+    is_best = engine.rounds.mode == "captured" or (not engine.rounds.on_device and "layer by layer" not in engine.where)
+    return Finding("rounds", OK if is_best else NOTE, engine.where)
 
 
 def _runner_words(engine: Engine) -> str:

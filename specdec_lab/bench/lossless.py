@@ -171,23 +171,24 @@ def small_model(seed: int = 0, noise: float = 0.0) -> Any:
 
 def lossless(
     configs: Sequence[str] = CONFIGS, verifiers: Sequence[str] = VERIFIERS, processors: Sequence[Processor] = PROCESSORS, *,
-    samples: int = 12_000, backend: str = "auto", device: str = "cpu", say: Callable[[str], None] = lambda line: None,
+    samples: int = 12_000, backend: str = "auto", rounds: str = "auto", device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> LosslessReport:
     """Check every configuration under every verifier and law, then the control under every law."""
     if samples < ROWS:
         raise ValueError(f"a count of {samples} texts tells nothing apart; ask for at least {ROWS}")
     target, draft = small_model(), small_model(noise=0.4)
-    engine = Engine(load(small_model(), draft, device=device), backend)
+    engine = Engine(load(small_model(), draft, device=device), backend, rounds=rounds)
     laws = {processor: exact_law(target, processor) for processor in processors}
     checks = []
     for verifier, processor, config in itertools.product(verifiers, processors, configs):
         checks.append(_check(engine, config, verifier, processor, laws[processor], samples))
         say(_row(checks[-1]))
-    alone = Engine(load(small_model(noise=0.4), device=device), backend)
+    alone = Engine(load(small_model(noise=0.4), device=device), backend, rounds=rounds)
     controls = [_check(alone, "off", "rejection", processor, laws[processor], samples, CONTROL) for processor in processors]
     header = {
         **provenance(), "device": engine.identity().device, "backend": engine.backend.name,
-        "samples": samples, "vocabulary": VOCABULARY, "joint": JOINT,
+        "rounds": engine.where, "samples": samples, "vocabulary": VOCABULARY, "joint": JOINT,
     }  # fmt: skip
     return LosslessReport(tuple(checks), tuple(controls), header)
 

@@ -77,13 +77,16 @@ class OverheadReport:
 
 def overhead(
     pair: ModelPair, cell: Cell, configs: Sequence[SpecConfig] = DEFAULT_CONFIGS, *, rounds: int = 50, blocks: int = 8,
-    workload: str | Callable[[Cell], Workload] = "prose", backend: str = "auto",
+    workload: str | Callable[[Cell], Workload] = "prose", backend: str = "auto", where: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> OverheadReport:
-    """Step times of an instrumented and a bare engine, in blocks of four runs: with, without, without, with."""
+    """Step times of an instrumented and a bare engine, in blocks of four runs: with, without, without, with.
+
+    rounds  of one run; where they run is `where`, as Engine's rounds
+    """
     if rounds < 1 or blocks < 1:
         raise ValueError(f"overhead needs at least 1 round and 1 block, got {rounds} and {blocks}")
-    engines = {flag: Engine(pair, backend, instrument=flag) for flag in (True, False)}
+    engines = {flag: Engine(pair, backend, instrument=flag, rounds=where) for flag in (True, False)}
     longest = (rounds + WARM_UP_ROUNDS) * (1 + max(config.depth for config in configs))
     sessions = {flag: Sessions(engine, workload, max_new_tokens=longest).open(cell) for flag, engine in engines.items()}
     results = []

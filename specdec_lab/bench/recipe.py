@@ -18,6 +18,7 @@ class EngineRecipe:
     placement  further words of `load`, without the device
     threads    of torch in each worker
     forced     acceptance, as Forced spells it
+    rounds     as Engine takes them
     """
 
     model: str
@@ -28,6 +29,7 @@ class EngineRecipe:
     placement: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     forced: str | None = None
+    rounds: str = "auto"
 
     def __call__(self, device: str) -> Instrument:
         """Load and calibrate; called in the worker, which has the device as its current one from then on."""
@@ -39,5 +41,6 @@ class EngineRecipe:
         torch.set_num_threads(self.threads)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        engine = Engine(load(self.model, self.draft, device=device, **self.placement), self.backend, forced=self.forced)
+        pair = load(self.model, self.draft, device=device, **self.placement)
+        engine = Engine(pair, self.backend, rounds=self.rounds, forced=self.forced)
         return Instrument(Sessions(engine, self.workload, sampling=self.sampling), engine.identity().base_fingerprint)

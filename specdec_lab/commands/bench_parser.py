@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from ..records import Cell, TreeShape, parse_count
-from .parser import LOADS, Parser, Verbs, choose_model, offer_json, shipped_workload
+from .parser import LOADS, Parser, Verbs, choose_model, choose_rounds, offer_json, shipped_workload
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts, split_names
 
 DEFAULT_ACTION = "race"
@@ -92,7 +92,7 @@ def _overhead(actions: Verbs) -> None:
     action.add_argument("--cell", type=spelled(Cell.parse), default=Cell(8, 1024), metavar="BxL", help="default: 8x1024")
     action.add_argument("--config", type=spelled(split_configs), default=(), metavar="CONFIG,...",
                         help="default: off,self:4+60/chain3")
-    action.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
+    action.add_argument("--run-rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
     action.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="of four runs each (default: 8)")
     shipped_workload(action)
     save_options(action)
@@ -171,6 +171,7 @@ def _lossless(actions: Verbs) -> None:
     action.add_argument("--samples", type=spelled(parse_count), default=12_000, metavar="N",
                         help="texts per configuration, at least 3000 (default: 12000)")
     action.add_argument("--backend", metavar="NAME", default="auto", help="attention back end (doctor lists them)")
+    choose_rounds(action)
     save_options(action)
     offer_json(action)
 

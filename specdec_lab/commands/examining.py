@@ -45,8 +45,8 @@ def overhead(lab: Lab, args: Namespace) -> Outcome:
         with asked():
             check_configs(engine, configs)
             report = measure(
-                engine.pair, args.cell, configs, rounds=args.rounds, blocks=args.blocks, workload=args.workload,
-                backend=args.backend or "auto", say=screen.say,
+                engine.pair, args.cell, configs, rounds=args.run_rounds, blocks=args.blocks, workload=args.workload,
+                backend=args.backend or "auto", where=args.rounds or "auto", say=screen.say,
             )
     except OutputsDiffer as red:
         return Outcome(None, str(red), {"error": str(red)}, RED)
@@ -74,6 +74,8 @@ def lossless(lab: Lab, args: Namespace) -> Outcome:
     lab.check_idle("bench")
     keep = keeper(args, "lossless.jsonl")
     with asked():
-        report = measure(samples=args.samples, backend=args.backend, say=Screen(lab.err).say)
+        report = measure(
+            samples=args.samples, backend=args.backend, rounds=args.rounds or "auto", say=Screen(lab.err).say
+        )
     keep([report.to_dict()])
     return Outcome(report, str(report), report.to_dict(), RED if report.faults else OK)

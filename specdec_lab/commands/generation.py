@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..records import Run, SpecConfig
 from ..workload import NEEDLE, Sampling, Workload, from_file, from_text, make, random_context, retrieved, why_not
 from .files import writable_file
-from .lab import Lab, is_first_rank
+from .lab import Lab
 from .mistakes import UserMistake, asked
 from .outcome import INTERRUPTED, OK, Outcome, StreamJob
 
@@ -27,15 +27,14 @@ def run(lab: Lab, args: Namespace) -> StreamJob:
 
     lab.check_idle("run")
     _check_source(args)
-    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto and is_first_rank() else None
+    timeline = writable_file(args.perfetto, ".json", ".json.gz") if args.perfetto else None
     with asked():
         config = configuration(args.config)
     engine = lab.engine_for(args)
     with asked():
         workload = _workload(engine, args)
         stream = engine.steps(workload, config)
-        is_traced = args.trace and is_first_rank()
-        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if is_traced else []
+        trace = [TraceWriter(writable_file(args.trace, ".jsonl", ".jsonl.gz"), stream.header)] if args.trace else []
     pair = engine.pair
 
     def conclude(runs: Sequence[Run]) -> Outcome:

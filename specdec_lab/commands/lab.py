@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from .mistakes import UserMistake, asked
+from .ranks import check_verb, lead
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 PLACEMENT = ("device", "dtype", "kv_dtype", "runner", "draft_positions", "tensor_parallel", "shard")
 MEASURING = ("run", "profile", "tune")  # in the background; what else is measured meanwhile would disturb and be disturbed
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks and writes files: of those that torchrun started, one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Background(Protocol):
@@ -48,7 +43,7 @@ class Lab:
 
     variables  the notebook's names, where `load --as NAME` puts the engine; None in a shell
     source     the model and the draft that the engine in use was loaded from, as the user named them
-    placement  how and where it was loaded, likewise; backend_name: the back end asked for
+    placement  how and where it was loaded, likewise; backend_name, rounds: the back end and the rounds asked for
     background what was started in this notebook, by verb
     """
 
@@ -63,7 +58,7 @@ class Lab:
         self.engine: Engine | None = None
         self.source: tuple[str, str | None] = ("demo", None)
         self.placement: dict[str, str] = {}
-        self.backend_name = "auto"
+        self.backend_name = self.rounds = "auto"
         self.policy: Policy | None = None
         self.background: dict[str, Background] = {}
 
@@ -74,14 +69,13 @@ class Lab:
 
     def engine_for(self, args: Namespace) -> Engine:
         """The engine in use if the arguments name no other, else a new one, which is then in use."""
-        names = ("model", "draft", "backend", "forced_acceptance", *PLACEMENT)
+        names = ("model", "draft", "backend", "rounds", "forced_acceptance", *PLACEMENT)
         wanted: dict[str, Any] = {name: value for name in names if (value := getattr(args, name, None))}
         if (shape := getattr(args, "random_weights", None)) is not None:
             if "model" in wanted:
                 raise UserMistake(f"--random-weights {shape} is a model already; leave {wanted['model']} out")
             wanted["model"] = f"random:{shape}"
-        if wanted.get("tensor_parallel", 1) > 1 and args.verb != "run":
-            raise UserMistake(f"{args.verb} ends runs by the clock, which differs between ranks; --tensor-parallel is for run")
+        check_verb(args)
         if self.engine is None or wanted:
             self.engine = self._make(wanted)
         return self.engine
@@ -104,10 +98,12 @@ class Lab:
             from ..engine.loop import Engine
 
             self.placement = {name: wanted[name] for name in PLACEMENT if name in wanted}
-            self.backend_name = wanted.get("backend", "auto")
+            self.backend_name, self.rounds = wanted.get("backend", "auto"), wanted.get("rounds", "auto")
             self.source = wanted.get("model", "demo"), wanted.get("draft")
             pair = self._load(*self.source, **self.placement)
-            return Engine(pair, self.backend_name, forced=wanted.get("forced_acceptance"))
+            engine = Engine(pair, self.backend_name, rounds=self.rounds, forced=wanted.get("forced_acceptance"))
+        lead(engine)
+        return engine
 
     def check_idle(self, name: str) -> None:
         """Refuse to measure while another verb measures in the background; the same verb replaces its earlier run."""

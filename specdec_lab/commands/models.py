@@ -28,6 +28,7 @@ def facts(engine: Engine) -> dict[str, Any]:
         "draft": _model(pair.draft) if pair.draft else None,
         "has_tokenizer": pair.tokenizer is not None,
         "backend": engine.backend.name,
+        "rounds": engine.where,
         "refused": engine.refused,
         "device": identity.device,
         "drafters": ["off", *identity.drafters],
@@ -38,7 +39,7 @@ def facts(engine: Engine) -> dict[str, Any]:
 def words(engine: Engine) -> str:
     """The same as a few lines."""
     data = facts(engine)
-    lines = [f"{data['name']} on {data['device']}, attention by {data['backend']}"]
+    lines = [f"{data['name']} on {data['device']}, attention by {data['backend']}, rounds: {data['rounds']}"]
     lines += [f"  {role}: {_line(data[role])}" for role in ("target", "draft") if data[role]]
     lines += [] if data["has_tokenizer"] else ["  tokenizer: none; prompts must be lists of token ids, given in Python"]
     lines += [] if data["draft"] else ["  draft: none; self and ngram draft without one"]

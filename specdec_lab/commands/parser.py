@@ -14,6 +14,7 @@ from .spelling import positive, seconds, spelled, split_cells, split_configs, sp
 WORKLOADS = ("prose", "code", "revision", "conversation", "needle")
 LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
+ROUNDS = ("auto", "host", "eager", "device")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
 EXIT_CODES = """
 exit codes: 0 done, 1 measured but a check is red, 2 a mistake in what was asked, 3 the budget ended before all cells were
@@ -238,6 +239,14 @@ def _placement(verb: Parser) -> None:
                       help="cut the target among N processes: torchrun --nproc-per-node N -m specdec_lab ...")
     verb.add_argument("--shard", metavar="N/RANKS", help="one shard alone, for timing: 1/8; its tokens mean nothing")
     verb.add_argument("--backend", metavar="NAME", help="attention back end (default: auto; doctor lists them)")
+    choose_rounds(verb)
+
+
+def choose_rounds(verb: Parser) -> None:
+    """Where rounds run."""
+    verb.add_argument("--rounds", choices=ROUNDS,
+                      help="device: captured as CUDA graphs; eager: the same work without graphs, on a CPU too; host: step by "
+                           "step (default: auto, device where that can be)")
 
 
 def choose_model(verb: Parser) -> None:

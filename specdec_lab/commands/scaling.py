@@ -20,7 +20,7 @@ FILE = "scaling.jsonl"
 # What describes a new measurement and so cannot go with --from. The parser leaves all of it at None.
 OF_A_MEASUREMENT = (
     "batches", "lengths", "configs", "widths", "workload", "blocks", "block_seconds", "temperature", "verifier", "seed",
-    "model", "draft", "device", "dtype", "kv_dtype", "runner", "draft_positions", "backend",
+    "model", "draft", "device", "dtype", "kv_dtype", "runner", "draft_positions", "backend", "rounds",
     "random_weights", "forced_acceptance", "tensor_parallel", "shard",
 )  # fmt: skip
 

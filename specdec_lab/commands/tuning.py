@@ -102,7 +102,7 @@ def _recipe(lab: Lab, args: Namespace) -> EngineRecipe:
     forced = lab.engine.forced if lab.engine is not None else None
     return EngineRecipe(
         *lab.source, lab.backend_name, args.workload, threads, placement, sampling_of(args),
-        None if forced is None else str(forced),
+        None if forced is None else str(forced), lab.rounds,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import torch
 
@@ -18,18 +18,19 @@ from ..records import Cell, Identity, Run, RunHeader, SpecConfig, StepRecord, Su
 from ..stream import Stream, record
 from ..summary import summarize
 from ..workload import Sampling, Workload, make, random_context, why_not
-from .attention import AttentionBackend
 from .backends import pick
 from .cache import available_bytes, check_fits
 from .cache_positions import draft_backend
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
-from .device.choice import Rounds, choose_rounds
+from .device.choice import choose_rounds
 from .device.flights import ROUNDS_PER_READ
 from .device.ops import ops_for
 from .device.plan import check_memory
 from .device.readings import SyncedNow
 from .device.session import DeviceSession
+from .device.temporaries import Choosing
+from .facts import facts, where
 from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner, position_mode
@@ -37,8 +38,10 @@ from .sampling import Processor
 from .session import DRAFT_MARGIN, Session
 from .threads import Threads
 
+if TYPE_CHECKING:
+    from .ranks import LeadingSession
+
 Choose = Callable[[int, float], SpecConfig | str]
-PROMPTS = {"cpu": "sdpa"}  # back ends that hand prompt chunks to another, which the header then names
 DRAFT_BEYOND = "draft beyond trained length"
 MAX_OVERRUN_TOKENS = 1024  # generation may leave the trained length by this much, labelled
 
@@ -62,6 +65,16 @@ class Output:
     texts: list[str] | None
     run: Run
     summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What makes two engines over one pair alike; see Engine. forced: as Forced spells it."""
+
+    backend: str
+    instrument: bool
+    rounds: str
+    forced: str | None
 
 
 class Engine:
@@ -94,6 +107,11 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self.pair!r}, backend={self.backend.name!r})"
 
+    @property
+    def where(self) -> str:
+        """Where and how the target's rounds run, as headers say it."""
+        return where(self.pair.target, self.backend, self.rounds)
+
     def steps(self, workload: Workload, choose: Any) -> Stream:
         """The run of a workload as a stream: a "prefill" record per turn that reads text, then a record per round.
 
@@ -101,22 +119,48 @@ class Engine:
         """
         return self.open(workload).steps(choose)
 
+    @classmethod
+    def of(cls, pair: ModelPair, settings: EngineSettings) -> Engine:
+        """One as another engine was."""
+        return cls(pair, settings.backend, instrument=settings.instrument, rounds=settings.rounds, forced=settings.forced)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What gives such an engine again, on another rank say."""
+        forced = None if self.forced is None else str(self.forced)
+        return EngineSettings(self.backend.name, self.instrument, self.rounds.asked, forced)
+
     def open(self, workload: Workload) -> OpenSession:
         """A session whose prompts stay in the cache, to run several configurations from the same point."""
         self._check(workload)
+        clock, synced = self._timers()
+        orders = None if self.pair.target.group is None else self.pair.target.group.orders
+        if orders is None:
+            return OpenSession(self, self._session(workload, clock, synced), workload, clock)
+        session = orders.open(self.settings, workload, lambda: self._session(workload, clock, synced))
+        return OpenSession(self, session, workload, clock)
+
+    def session(self, workload: Workload) -> Session:
+        """What this rank does in a session that another one opens."""
+        return self._session(workload, *self._timers())
+
+    def _timers(self) -> tuple[Clock, SyncedNow | None]:
+        """A clock, and the time of a clock that waits for a device, where there is one."""
         synced = SyncedNow(torch.cuda.synchronize) if self.pair.target.device.type == "cuda" else None
         timed = {} if synced is None else {"now": synced}
-        clock = self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed))
+        return self._clock or (PhaseClock(**timed) if self.instrument else CoarseClock(**timed)), synced
+
+    def _session(self, workload: Workload, clock: Clock, synced: SyncedNow | None) -> Session:
         made = (self.pair, self.backend, self._draft_backend, workload, clock, self.ceilings, self.threads)
         if not self.rounds.on_device:
-            return OpenSession(self, Session(*made, self.forced), workload, clock)
+            return Session(*made, self.forced)
         device, most = self.pair.target.device, workload.max_tokens + DRAFT_MARGIN
-        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device))
-        session = DeviceSession(
+        choosing = Choosing(Processor(workload.temperature, workload.top_p, workload.top_k), workload.verifier, self.rounds.ops)
+        check_memory(self.pair, workload.batch, most, ROUNDS_PER_READ, available_bytes(device), choosing)
+        return DeviceSession(
             *made, forced=self.forced, ops=ops_for(self.rounds.ops), captured=self.rounds.mode == "captured",
             instrumented=self.instrument, synced=synced,
-        )  # fmt: skip
-        return OpenSession(self, session, workload, clock)
+        )
 
     def workload(self, kind: str, cell: Cell | str, *, max_new_tokens: int = 128, **sampling: Unpack[Sampling]) -> Workload:
         """Prompts of an exact length for this engine's model: `engine.workload("prose", "8x4096", temperature=0.8)`.
@@ -223,8 +267,8 @@ class Engine:
             run_id=secrets.token_hex(6), created=machine.now(),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
             config=_spelling(choose), workload=workload.name,
-            target=_facts(self.pair.target, self.backend, self.rounds, workload),
-            draft=_facts(self.pair.draft, self._draft_backend, self.rounds, workload)
+            target=facts(self.pair.target, self.backend, self.rounds, workload),
+            draft=facts(self.pair.draft, self._draft_backend, self.rounds, workload)
             if self.pair.draft and self._draft_backend else None,
             backend=self.backend.name, refused=self.refused,
             machine={
@@ -241,7 +285,7 @@ class Engine:
 class OpenSession:
     """A workload whose prompts are (once first used) in the cache; run any number of configurations from there."""
 
-    def __init__(self, engine: Engine, session: Session, workload: Workload, clock: Clock) -> None:
+    def __init__(self, engine: Engine, session: Session | LeadingSession, workload: Workload, clock: Clock) -> None:
         self._engine, self._session, self._workload, self._clock = engine, session, workload, clock
         self._used = False
 
@@ -278,7 +322,7 @@ class OpenSession:
             if prefilled is not None:
                 yield from _paused(clock, prefilled)
             while session.live:
-                config = fixed or _parse(chooser(session.live, session.mean_length))
+                config = fixed or self._chosen(chooser)
                 note = take_note() if take_note is not None else None
                 if fixed is None:
                     session.check(config)
@@ -288,6 +332,12 @@ class OpenSession:
                 if observe is not None:
                     observe(step)
                 yield from _paused(clock, step)
+
+
+    def _chosen(self, chooser: Choose) -> SpecConfig:
+        """The chooser's answer; of ranks that run one program together the first one's, for choosers may look at the clock."""
+        config, group = _parse(chooser(self._session.live, self._session.mean_length)), self._engine.pair.target.group
+        return config if group is None else _parse(group.same(str(config)))
 
 
 def _paused(clock: Clock, step: StepRecord) -> Iterator[StepRecord]:
@@ -330,18 +380,3 @@ def _draft_beyond(draft: Runner, text: int, choose: Any) -> str | None:
         return DRAFT_BEYOND if met > draft.max_length else None
     perhaps = "if it drafts" if draft.rotation is None else "if its window is longer than that"
     return f"{DRAFT_BEYOND}, {perhaps}" if text > draft.max_length else None
-
-
-def _facts(runner: Runner, backend: AttentionBackend, rounds: Rounds, workload: Workload) -> dict[str, Any]:
-    reason = runner.why_not_compiled(backend)
-    on_host = "one compiled call" if reason is None else f"layer by layer: {reason}"
-    reason = reason or Processor(workload.temperature, workload.top_p, workload.top_k).why_not_compiled()
-    drafts = "one compiled call" if reason is None else f"level by level: {reason}"
-    return {
-        "name": runner.name, "fingerprint": runner.fingerprint, "runner": runner.kind,
-        "dtype": str(runner.dtype).removeprefix("torch."), "kv_dtype": str(runner.kv_dtype).removeprefix("torch."),
-        "rounds": rounds.spelled or on_host, "drafts": rounds.spelled or drafts,
-        "prompts": PROMPTS.get(backend.name, backend.name), "position_mode": position_mode(runner),
-        "parameters": runner.shape.params, "weight_bytes": runner.shape.weight_bytes(runner.dtype.itemsize),
-        "kv_bytes_per_token": runner.shape.kv_bytes_per_token(runner.kv_dtype.itemsize), "max_length": runner.max_length,
-    }

@@ -5,7 +5,7 @@ Not known here: sessions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specdec_kernels.tree_attention import gpu as gpu_attention
 
@@ -18,11 +18,15 @@ CHOICES = ("auto", "device", "eager", "host")
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """mode: host, eager or captured; ops: the operations of device rounds; reason: why it is not captured."""
+    """mode: host, eager or captured; ops: the operations of device rounds; reason: why it is not captured.
+
+    ranks  how many ranks share a round and by which means, or that it is one shard alone; empty for a whole model
+    """
 
     mode: str
     ops: str = ""
     reason: str = ""
+    ranks: str = ""
 
     @property
     def on_device(self) -> bool:
@@ -32,9 +36,15 @@ class Rounds:
     @property
     def spelled(self) -> str | None:
         """What a run header says of a model's rounds; None where the host's own words hold."""
+        among = f", {self.ranks}" if self.ranks else ""
         if self.mode == "captured":
-            return f"one CUDA graph, {self.ops} operations"
-        return f"eager, {self.ops} operations: {self.reason}" if self.mode == "eager" else None
+            return f"one CUDA graph, {self.ops} operations{among}"
+        return f"eager, {self.ops} operations{among}: {self.reason}" if self.mode == "eager" else None
+
+    @property
+    def asked(self) -> str:
+        """The word that gives these rounds again."""
+        return "device" if self.mode == "captured" else self.mode
 
 
 def choose_rounds(asked: str, pair: ModelPair) -> Rounds:
@@ -45,36 +55,45 @@ def choose_rounds(asked: str, pair: ModelPair) -> Rounds:
     """
     if asked not in CHOICES:
         raise ValueError(f"rounds must be one of {', '.join(CHOICES)}, got {asked!r}")
+    group = pair.target.group
+    return replace(_choose(asked, pair), ranks="" if group is None else group.words)
+
+
+def _choose(asked: str, pair: ModelPair) -> Rounds:
     if asked == "host":
         return Rounds("host", reason="rounds='host' was asked for")
     device, reason = pair.target.device.type, why_not(pair)
     if asked == "auto":
         if device != "cuda":
             return Rounds("host", reason=f"{device} has no CUDA graphs")
-        reason = reason or _why_no_kernels(pair)
+        reason = reason or _why_not_captured(pair)
         return Rounds("host", reason=reason) if reason else Rounds("captured", "triton")
     if reason is not None:
         raise ValueError(f"rounds={asked!r}: {reason}. Or use rounds='host'.")
-    missing = _why_no_kernels(pair)
-    ops = "triton" if missing is None else "reference"
-    if asked == "device" and device == "cuda":
-        if missing is not None:
-            raise ValueError(f"rounds='device': {missing}. Use rounds='host'.")
-        return Rounds("captured", ops)
-    return Rounds("eager", ops, "no CUDA" if device != "cuda" else "rounds='eager' was asked for")
+    ops = "reference" if _why_no_kernels(pair) else "triton"
+    if asked == "eager" or device != "cuda":
+        return Rounds("eager", ops, "no CUDA" if device != "cuda" else "rounds='eager' was asked for")
+    reason = _why_not_captured(pair)
+    if reason is not None:
+        raise ValueError(f"rounds='device': {reason}. Use rounds='host'.")
+    return Rounds("captured", ops)
 
 
 def why_not(pair: ModelPair) -> str | None:
     """None if rounds of this pair can run on the device, else the reason in words."""
     for runner in _runners(pair):
-        if runner.group is not None:
-            return f"{runner.name} is cut over ranks, whose sums between layers are not captured"
         if runner.rotation is not None:
             return f"{runner.name} has the positions of its cache, which turn the sinks' keys layer by layer"
         if not isinstance(runner, FastLlama):
             return (f"{runner.name} runs through transformers, whose forwards are not ours to capture; load it with "
                     "runner='fast' if it is a Llama, Mistral, Qwen2 or Qwen3")  # fmt: skip
     return None
+
+
+def _why_not_captured(pair: ModelPair) -> str | None:
+    """None if rounds of this pair, which can run on the device, can be CUDA graphs, else the reason in words."""
+    group = pair.target.group
+    return _why_no_kernels(pair) or (None if group is None else group.why_not_captured())
 
 
 def _why_no_kernels(pair: ModelPair) -> str | None:

@@ -12,22 +12,31 @@ from torch import Tensor
 
 from ...costs import ModelShape
 from ..models.fast_llama import FastLlama, Parts
+from ..models.groups import Group
 from .ops import Ops
 from .program import Feed
 
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """A model and its cache kv [layers, 2, B, Hkv, S, D]. Holds what a captured graph points to."""
+    """A model and its cache kv [layers, 2, B, Hkv, S, D]. Holds what a captured graph points to.
+
+    group  where the model is one shard of several: how they meet
+    """
 
     parts: Parts
     shape: ModelShape
     kv: Tensor
+    group: Group | None = None
 
     @classmethod
     def of(cls, runner: FastLlama, kv: Tensor) -> Net:
         """The weights as they lie in memory now."""
-        return cls(runner.parts(), runner.shape, kv)
+        return cls(runner.parts(), runner.shape, kv, runner.group)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """What all shards together add to the residual stream."""
+        return partial if self.group is None else self.group.sum(partial)
 
 
 def forward(
@@ -53,15 +62,16 @@ def forward(
             qkv, positions, slots, parts.cos, parts.sin, net.kv[number], layer.q_norm, layer.k_norm, parts.eps
         )
         attended = ops.attend(q, net.kv, number, plan, parts.scale)
-        hidden = hidden + F.linear(attended.reshape(batch * queries, -1), layer.out, layer.out_bias)
+        hidden = hidden + net.sum(F.linear(attended.reshape(batch * queries, -1), layer.out, layer.out_bias))
         gate_up = F.linear(F.rms_norm(hidden, (hidden.shape[-1],), layer.post_norm, parts.eps), layer.gate_up)
         gate, up = gate_up.chunk(2, -1)
-        hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        hidden = hidden + net.sum(F.linear(F.silu(gate) * up, layer.down))
     return hidden.view(batch, queries, -1)
 
 
 def logits(net: Net, hidden: Tensor) -> Tensor:
-    """hidden [B, K, d] -> [B, K, V]."""
+    """hidden [B, K, d] -> [B, K, V], of all shards together."""
     parts = net.parts
-    return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), parts.norm, parts.eps), parts.head)
+    made = F.linear(F.rms_norm(hidden, (hidden.shape[-1],), parts.norm, parts.eps), parts.head)
+    return made if net.group is None else net.group.gather(made)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..clocks import Phase
+from ..models.groups import Group
 from .program import Key, Program
 from .round import Stage, play
 
@@ -46,14 +47,17 @@ class Eager:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """Replays a graph. Keeps the program, to whose tensors the graph points."""
+    """Replays a graph. Keeps the program, to whose tensors the graph points. group: of shards that meet in it."""
 
     graph: Any
     program: Program
     phases: tuple[Phase, ...]
+    group: Group | None = None
 
     def play(self) -> None:
         """See Player."""
+        if self.group is not None:
+            self.group.replays()
         self.graph.replay()
 
 
@@ -120,12 +124,19 @@ class CapturedPlayers:
             for _ in range(REHEARSALS):
                 play(self.stage, program)
         self.cuda.current_stream().wait_stream(stream)
-        graph = self.cuda.CUDAGraph()
-        with self.cuda.graph(graph, pool=self._pool, stream=stream):
+        graph, group = self.cuda.CUDAGraph(), self.stage.target.group
+        with self.cuda.graph(graph, pool=self._pool, stream=stream, **_mode(group)):
             phases = play(self.stage, program)
         self._restore(saved)
-        return Captured(graph, program, phases)
+        if group is not None:
+            group.keep(graph)
+        return Captured(graph, program, phases, group)
 
     def _restore(self, saved: list[Tensor]) -> None:
         for buffer, value in zip(self.stage.state.counters(), saved, strict=True):
             buffer.copy_(value)
+
+
+def _mode(group: Group | None) -> dict[str, str]:
+    """With ranks, the thread that watches over NCCL may ask about events meanwhile."""
+    return {} if group is None else {"capture_error_mode": "thread_local"}

@@ -61,6 +61,7 @@ from .graphs import CapturedPlayers, EagerPlayers, Players
 from .kernel_deciding import KernelDeciding
 from .ops import Ops, TritonOps
 from .program import Key, Program, key_of
+from .rank_deciding import FirstRankDecides
 from .readings import HostPost, PinnedPost, Post, Reading, SyncedNow, end_ns, readings, start_ns
 from .round import Stage
 from .state import EMITTED, KNOWN, LIVE, TOKENS, DeviceState
@@ -95,6 +96,8 @@ class DeviceSession(Session):
         assert isinstance(pair.target, FastLlama)
         deciding = _deciding(batch, ops)
         deciding = deciding if forced is None else ForcedDeciding(deciding, forced, batch.noise)
+        if (group := pair.target.group) is not None:
+            deciding = FirstRankDecides(deciding, group)
         self._stage = Stage(self._state, Net.of(pair.target, self._cache.kv), None, ops, deciding, instrumented)
         self._players: Players = CapturedPlayers(self._stage, cuda) if captured else EagerPlayers(self._stage, "eager")
         on_cuda = pair.target.device.type == "cuda"

@@ -23,7 +23,8 @@ from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache, available_bytes
 from ..clocks import Clock, Phase
 from ..cpu_backend import CpuBackend, CpuPlan
-from .parallel import Group, Shard
+from .groups import Group
+from .parallel import Shard
 from .rotation import Rotation, rotation_of
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 

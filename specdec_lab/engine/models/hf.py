@@ -17,7 +17,7 @@ from specdec_kernels.decoder.cpu import Draw
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .parallel import Group
+from .groups import Group
 from .rotation import Rotation, check_not_learned, rotation_of, turn
 from .runner import Scores, shape_of, weights_fingerprint, write_slots
 

@@ -2,24 +2,25 @@
 
 Weights are cut by rank as they are read: rows of q, k, v, gate, up and the head; columns of o_proj and down. Partial sums are
 added over all ranks after o_proj and after down, and the shares of the logits are gathered, so every rank sees the same logits
-and, randomness being by counter, decides the same tokens. Not known here: drafting, acceptance.
+and, randomness being by counter, decides the same tokens (groups.py). Not known here: drafting, acceptance.
 """
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...costs import ModelShape
 from ...records import ONE_SHARD
+from .groups import Alone, Group, Processes
+from .meeting import meeting
 
 ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.weight",
         "up_proj.weight", "lm_head.weight")  # fmt: skip
@@ -67,69 +68,6 @@ def why_not_cut(shape: ModelShape, ranks: int) -> str | None:
     return f"{', '.join(bad)} cannot be divided among {ranks} ranks" if bad else None
 
 
-class Group(Protocol):
-    """How shards meet."""
-
-    ranks: int
-
-    def sum(self, partial: Tensor) -> Tensor:
-        """The sum over all ranks of a tensor of one shape."""
-
-    def gather(self, part: Tensor) -> Tensor:
-        """The last dimension of all ranks, one after the other."""
-
-    def check_equal(self, decided: Tensor) -> None:
-        """Raise RanksDisagree unless all ranks decided the same."""
-
-
-class RanksDisagree(RuntimeError):
-    """The ranks of a model decided differently: from here on their caches hold different texts."""
-
-
-class Alone:
-    """One shard without the others, for timing: sums stay partial, its logits stand for all. Tokens mean nothing."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-    def sum(self, partial: Tensor) -> Tensor:
-        """As it is."""
-        return partial
-
-    def gather(self, part: Tensor) -> Tensor:
-        """Repeated: as wide as the vocabulary."""
-        return torch.cat([part] * self.ranks, -1)
-
-    def check_equal(self, decided: Tensor) -> None:
-        """There is nobody to differ from."""
-
-
-class Processes:
-    """The ranks of torch.distributed, one process each."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-    def sum(self, partial: Tensor) -> Tensor:
-        """All-reduce."""
-        torch.distributed.all_reduce(partial)
-        return partial
-
-    def gather(self, part: Tensor) -> Tensor:
-        """All-gather."""
-        parts = [torch.empty_like(part) for _ in range(self.ranks)]
-        torch.distributed.all_gather(parts, part.contiguous())
-        return torch.cat(parts, -1)
-
-    def check_equal(self, decided: Tensor) -> None:
-        """See Group.check_equal."""
-        first = decided.clone()
-        torch.distributed.broadcast(first, 0)
-        if not torch.equal(first, decided):
-            raise RanksDisagree(f"rank {torch.distributed.get_rank()} decided {decided.tolist()}, rank 0 {first.tolist()}; "
-                                "their results of one forward differ, so this machine's sums over ranks are not reproducible")
-
-
 def join(ranks: int, device: torch.device) -> tuple[Shard, Processes]:
     """This process's shard and the group it belongs to; started by torchrun, which sets RANK and WORLD_SIZE."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -138,25 +76,21 @@ def join(ranks: int, device: torch.device) -> tuple[Shard, Processes]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
         raise ParallelError(f"--tensor-parallel {ranks}, but {world} processes were started; make them equal")
+    meeting()  # from here on a rank that fails is noticed by the others
     if device.type == "cuda":
         local, there = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
         if local >= there:
             raise ParallelError(f"rank {rank} needs a GPU of its own, and this machine has {there}; start fewer processes")
         torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
-    return Shard(rank, ranks), Processes(ranks)
+        has_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+        torch.distributed.init_process_group("nccl" if has_nccl else "gloo")
+    return Shard(rank, ranks), _processes(ranks)
 
 
-def _leave() -> None:
-    """End together: gloo's connections that go down at exit while another rank still speaks abort that rank.
-
-    A rank that failed leaves at once, so that torchrun ends the others, which may wait for it in a sum.
-    """
-    if not hasattr(sys, "last_type"):
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+@lru_cache(maxsize=1)
+def _processes(ranks: int) -> Processes:
+    return Processes(ranks)
 
 
 class ShardedWeights(Mapping[str, Tensor]):
@@ -211,7 +145,10 @@ class Placement:
                 raise ParallelError("a shard runs alone; leave out shard or tensor_parallel")
             part = Shard.parse(shard) if isinstance(shard, str) else shard
             return cls(part, Alone(part.ranks))
-        return None if tensor_parallel == 1 else cls(*join(tensor_parallel, device))
+        if tensor_parallel == 1:
+            return None
+        part, group = join(tensor_parallel, device)
+        return cls(part, group)
 
     @property
     def labels(self) -> tuple[str, ...]:

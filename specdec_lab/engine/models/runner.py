@@ -21,7 +21,7 @@ from ...costs import ModelShape
 from ..attention import AttentionBackend, Need, Reads
 from ..cache import KvCache
 from ..clocks import Clock
-from .parallel import Group
+from .groups import Group
 
 if TYPE_CHECKING:
     from .rotation import Rotation

@@ -39,7 +39,7 @@ def _model(context: Context, model: ModelCells) -> Iterator[Row]:
     yield Row("model", model.name, {
         "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(engine.pair.target.dtype.itemsize),
         "kv_bytes_per_token": model.shape.kv_bytes_per_token(engine.pair.target.kv_dtype.itemsize),
-    }, labels=LABELS, reason=f"attention by {engine.backend.name}, rounds {engine.rounds.spelled or engine.rounds.mode}")
+    }, labels=LABELS, reason=f"attention by {engine.backend.name}, rounds: {engine.where}")
     for cell in model.cells:
         context.checkpoint(f"{model.name} {cell}")
         yield from one_by_one(context, f"{model.name} {cell}", _cell(context, engine, model, cell))
