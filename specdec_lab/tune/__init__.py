@@ -16,13 +16,16 @@ from .db import Database, DatabaseError, Design, Measurement, read_file
 from .folder import PlanChanged
 from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
 from .probe import ProbePlan
+from .progress import Progress
+from .ray_workers import RayActors
+from .shard import CellShard
 from .shelf import Location, Merged, describe, find_database, locations, merge
-from .study import Progress, tune
+from .study import tune
 from .workers import Executor, Inline, Instrument, Lease, Processes, WorkerCannotStart
 
 __all__ = [
-    "SNAPKV_BUDGETS", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument", "Lease",
-    "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress", "Protocol",
-    "WorkerCannotStart", "candidates", "compose", "describe", "find_database", "locations", "make_plan", "merge", "read_file",
-    "tune", "verify",
+    "SNAPKV_BUDGETS", "CellShard", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument",
+    "Lease", "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress",
+    "Protocol", "RayActors", "WorkerCannotStart", "candidates", "compose", "describe", "find_database", "locations", "make_plan",
+    "merge", "read_file", "tune", "verify",
 ]  # fmt: skip

@@ -18,6 +18,9 @@ from .compose import compose
 from .db import Measurement, read_file
 from .duel import Verdict, verdict
 from .grid import Protocol
+from .probe import KINDS as PART_KINDS
+from .sentinel import KIND as SENTINEL
+from .sentinel import Steadiness, crowding_label, standing, steadiness
 
 MAX_PORTFOLIO = 8  # beside `off`; each configuration is a set of graphs and caches in an engine
 PORTFOLIO_LOSS = 0.003  # mean log speed-up that may be lost by leaving winners out
@@ -27,24 +30,35 @@ State = tuple[str, str]  # a row's state, and the reason for it
 
 @dataclass(frozen=True, slots=True)
 class CellEvidence:
-    """What is recorded of one cell: speed of plain decoding, and blocks per configuration and kind."""
+    """What is recorded of one cell: speed of plain decoding, blocks per configuration and kind; of the machine meanwhile."""
 
     cell: Cell
     plain: tuple[Measurement, ...]
     blocks: Mapping[str, Mapping[str, Sequence[Measurement]]]
+    machine: Steadiness = Steadiness()
 
     @classmethod
     def of(cls, cell: Cell, measurements: Iterable[Measurement]) -> CellEvidence:
-        """Sort the good records of a cell. A configuration that once gave wrong tokens here has none."""
-        here = sorted((m for m in measurements if m.cell == cell), key=lambda m: (m.design.block, m.id))
+        """Sort the good records of a cell that stand. A configuration that once gave wrong tokens here has none.
+
+        measurements  of this cell, and the sentinels of all; of other cells more may be there
+        """
+        measurements = tuple(measurements)
+        here = sorted((m for m in standing(measurements) if m.cell == cell), key=lambda m: (m.design.block, m.id))
         wrong = {record.config for record in here if record.status == "mismatch"}
         good = [record for record in here if record.status == "ok" and record.config not in wrong]
         blocks: dict[str, dict[str, list[Measurement]]] = {}
         for record in good:
             if "log_speedup" in record.summary:
                 blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
-        plain = tuple(record for record in good if record.config == "off" and "tokens_per_s" in record.summary)
-        return cls(cell, plain, blocks)
+        plain = [m for m in good if m.config == "off" and "tokens_per_s" in m.summary]
+        plain = [m for m in plain if m.kind != SENTINEL or m.design.block == 0]  # repeats are of the machine, not of the cell
+        found = [block for kinds in blocks.values() for several in kinds.values() for block in several]
+        return cls(cell, tuple(plain), blocks, steadiness(found, measurements))
+
+    def least(self, protocol: Protocol) -> float:
+        """The speed-up that a lower bound must exceed here: `min_speedup`, more where the machine is less steady than that."""
+        return max(protocol.min_speedup, self.machine.least_speedup)
 
     def duel(self, config: str, protocol: Protocol) -> Verdict | None:
         """The verdict of a complete duel."""
@@ -59,9 +73,9 @@ class CellEvidence:
         return [block for kind in ("race", "pilot", "duel") for block in kinds.get(kind, ())]
 
     def winner(self, protocol: Protocol) -> str:
-        """The configuration whose duel has the highest lower bound above `min_speedup`, else `off`."""
+        """The configuration whose duel has the highest lower bound above `least`, else `off`."""
         duels = {config: found for config in self.blocks if (found := self.duel(config, protocol))}
-        able = {config: found.low for config, found in duels.items() if found.exceeds(protocol.min_speedup)}
+        able = {config: found.low for config, found in duels.items() if found.exceeds(self.least(protocol))}
         return max(able, key=lambda config: (able[config], config), default="off")
 
     def estimate(self, config: str, protocol: Protocol) -> Estimate | None:
@@ -84,6 +98,20 @@ def _break_even(blocks: Sequence[Measurement]) -> float:
 
 def _geometric(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
+
+
+def labels_of(
+    header: Mapping[str, Any], states: Mapping[Cell, State], measurements: Iterable[Measurement], more: Iterable[str] = ()
+) -> list[str]:
+    """What a reader of a policy must know of its numbers, as labels."""
+    ours = standing([m for m in measurements if _belongs(m, header)])
+    blocks = (m for m in ours if m.kind not in PART_KINDS)  # parts decide nothing
+    used = [m for m in blocks if m.status == "ok" and m.cell in states]
+    labels = {label for m in used for label in m.env.get("labels", ())}
+    labels |= {"busy"} if any(m.env.get("busy") for m in used) else set()
+    labels |= {"drift"} if any(m.summary.get("is_drift") for m in used) else set()
+    labels |= {"partial"} if any(state == "not_visited" for state, _ in states.values()) else set()
+    return sorted(labels | crowding_label(used) | set(more))
 
 
 class ForcedAcceptance(ValueError):
@@ -113,7 +141,7 @@ def assemble(
     rows = []
     for cell, (state, reason) in sorted(states.items()):
         row = _row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason)
-        rows.append(_explained(row, ours))
+        rows.append(_explained(row, standing(ours)))
     return Policy(header, rules, portfolio, tuple(rows))
 
 
@@ -127,6 +155,8 @@ def _explained(row: Row, records: Sequence[Measurement]) -> Row:
 
 
 def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+    if header.get("remeasured") and record.run != header["run"]:
+        return False
     kind = SpecConfig.parse(record.config).drafter
     drafter = "0" * 12 if kind == "off" else header["drafters"].get(kind)
     same = (record.workload, record.temperature) == (header["workload"], header["temperature"])
@@ -156,7 +186,7 @@ def _worth(cell: CellEvidence, config: str, protocol: Protocol) -> float:
 
 def _low(cell: CellEvidence, config: str, protocol: Protocol) -> float:
     found = verdict(cell.best(config, protocol))
-    return found.low if found and found.exceeds(protocol.min_speedup) else 0.0
+    return found.low if found and found.exceeds(cell.least(protocol)) else 0.0
 
 
 def _row(cell: CellEvidence, portfolio: Sequence[str], protocol: Protocol) -> Row:
@@ -166,7 +196,7 @@ def _row(cell: CellEvidence, portfolio: Sequence[str], protocol: Protocol) -> Ro
     row = Row(
         cell.cell, "tuned", config="off", speedup=1.0, speedup_ci95=(1.0, 1.0), estimates=estimates,
         baseline_tokens_per_s=_geometric(record.summary["tokens_per_s"] for record in cell.plain),
-        details={"num_trials": len(cell.blocks), **_best_candidate(cell, protocol)},
+        details={"num_trials": len(cell.blocks), **_best_candidate(cell, protocol), **cell.machine.to_dict()},
     )  # fmt: skip
     winner = cell.winner(protocol)
     if winner not in portfolio:  # left out because another is as good: take that one, if its interval passes the gate
