@@ -15,6 +15,7 @@ from .compose import Composition, compose
 from .db import Database, DatabaseError, Design, Measurement, read_file
 from .folder import PlanChanged
 from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
+from .join import ShardsDiffer, join
 from .probe import ProbePlan
 from .progress import Progress
 from .ray_workers import RayActors
@@ -26,6 +27,6 @@ from .workers import Executor, Inline, Instrument, Lease, Processes, WorkerCanno
 __all__ = [
     "SNAPKV_BUDGETS", "CellShard", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument",
     "Lease", "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress",
-    "Protocol", "RayActors", "WorkerCannotStart", "candidates", "compose", "describe", "find_database", "locations", "make_plan",
-    "merge", "read_file", "tune", "verify",
+    "Protocol", "RayActors", "ShardsDiffer", "WorkerCannotStart", "candidates", "compose", "describe", "find_database",
+    "join", "locations", "make_plan", "merge", "read_file", "tune", "verify",
 ]  # fmt: skip

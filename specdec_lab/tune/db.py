@@ -262,6 +262,11 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "unnamed"
 
 
+def device_folder(root: Path, device: str) -> Path:
+    """Where the records and policies of a device lie in a database."""
+    return root / _slug(device)
+
+
 class Database:
     """The measurements of one device and target below a root folder: `<root>/<device>/<target>--<drafter>.jsonl`.
 
@@ -272,7 +277,7 @@ class Database:
 
     def __init__(self, root: Path | str, identity: Identity, target: str, draft: str = "model") -> None:
         self.root, self.identity, self.target = Path(root), identity, target
-        self.folder = self.root / _slug(identity.device)
+        self.folder = device_folder(self.root, identity.device)
         self._labels = {"model": _slug(draft)}
         self.pending: list[Measurement] = []
         self.skipped: Counter[str] = Counter()

@@ -109,7 +109,7 @@ class RayActors(Executor):
     def _start(self, worker: int) -> None:
         own = {"num_gpus": 1} if self._device == "cuda" else {"num_cpus": 1}
         actor = self._ray.remote(Measurer).options(max_restarts=0, **own)  # a fresh one is made by us, and so counted
-        self._actors[worker] = actor.remote(self._recipe, self._device)
+        self._actors[worker] = actor.remote(self._recipe, "cuda:0" if self._device == "cuda" else self._device)
 
     def _wait_until_ready(self, worker: int) -> None:
         name = self.names[worker]
