@@ -109,7 +109,7 @@ def _next_pass(policy: Policy, into: Path) -> list[str]:
     if not lacking:
         return []
     return [
-        f"{len(lacking)} cells lack an estimate of a winner of another shard, so lookup between cells says off where it need not: "
+        f"{len(lacking)} cells lack an estimate of a winner of another shard, so lookup between cells says off needlessly: "
         f"run the shards once more with --db {into}, which measures these, then merge again"
     ]
 
@@ -120,7 +120,7 @@ def _merged_words(done: Merged, into: Path) -> str:
         words += f"; lines left out: {', '.join(f'{number} {why}' for why, number in done.skipped.items())}"
     if done.conflicts:
         words += (
-            f"\n{len(done.conflicts):,} ids are held twice with different content ({', '.join(done.conflicts[:3])}, ...); those "
+            f"\n{len(done.conflicts):,} ids are held twice, with other content ({', '.join(done.conflicts[:3])}, ...); those "
             "that were there stayed. Two tunings of one name were merged: give one another --run, or merge into an empty folder"
         )
     return words

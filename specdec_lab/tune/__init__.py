@@ -9,10 +9,10 @@ Knows records, summary and policy; Optuna is loaded when a search starts. The en
 
 from __future__ import annotations
 
-from .assemble import verify
 from .blocks import Measure
 from .compose import Composition, compose
 from .db import Database, DatabaseError, Design, Measurement, read_file
+from .evidence import verify
 from .folder import PlanChanged
 from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
 from .join import ShardsDiffer, join

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..policy import Estimate, Policy, Row, Rules, canonical
+from ..policy import Estimate, Policy, Row, Rules
 from ..records import Cell, SpecConfig, forced_label
 from .compose import compose
-from .db import Measurement, read_file
+from .db import Measurement
 from .duel import Verdict, verdict
 from .grid import Protocol
 from .probe import KINDS as PART_KINDS
@@ -104,7 +103,7 @@ def labels_of(
     header: Mapping[str, Any], states: Mapping[Cell, State], measurements: Iterable[Measurement], more: Iterable[str] = ()
 ) -> list[str]:
     """What a reader of a policy must know of its numbers, as labels."""
-    ours = standing([m for m in measurements if _belongs(m, header)])
+    ours = standing([m for m in measurements if belongs(m, header)])
     blocks = (m for m in ours if m.kind not in PART_KINDS)  # parts decide nothing
     used = [m for m in blocks if m.status == "ok" and m.cell in states]
     labels = {label for m in used for label in m.env.get("labels", ())}
@@ -135,7 +134,7 @@ def assemble(
     """The policy that these records support, for these cells; ForcedAcceptance where they are forced without leave."""
     refuse_forced(header["labels"], allow_forced)
     protocol = Protocol(**header["protocol"])
-    ours = [m for m in measurements if _belongs(m, header)]
+    ours = [m for m in measurements if belongs(m, header)]
     cells = {cell: CellEvidence.of(cell, ours) for cell, (state, _) in states.items() if state == "tuned"}
     portfolio = choose_portfolio(cells.values(), protocol)
     rows = []
@@ -154,7 +153,8 @@ def _explained(row: Row, records: Sequence[Measurement]) -> Row:
     return replace(row, details={**row.details, "why": why, "composed": composition.to_dict()})
 
 
-def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+def belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+    """Whether a record may be used for a policy with this header: its fingerprints, workload, temperature, run if only that."""
     if header.get("remeasured") and record.run != header["run"]:
         return False
     kind = SpecConfig.parse(record.config).drafter
@@ -251,25 +251,3 @@ def _best_candidate(cell: CellEvidence, protocol: Protocol) -> dict[str, Any]:
 def states_of(policy: Policy) -> dict[Cell, State]:
     """The states that the tuner gave the cells of a policy."""
     return {row.cell: (row.state, row.reason) for row in policy.table}
-
-
-def verify(path: Path | str, folder: Path | str | None = None) -> tuple[str, ...]:
-    """Rebuild a policy file from the evidence that it names, and say what differs; nothing when it is the same bytes.
-
-    folder  that holds the evidence; the policy's own when None
-    """
-    path = Path(path)
-    policy = Policy.load(path)
-    problems: list[str] = []
-    records: list[Measurement] = []
-    for item in policy.header["evidence"]:
-        contents = read_file(Path(folder or path.parent) / item["file"], item.get("bytes"))
-        records += contents.measurements
-        if contents.sha256 != item["sha256"]:
-            problems.append(f"{item['file']}: the first {item.get('bytes')} bytes are not those that the policy was made from")
-    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records, allow_forced=True)
-    if rebuilt.dumps() != path.read_text(encoding="utf-8"):
-        rows = zip(policy.table, rebuilt.table, strict=True)
-        changed = [str(old.cell) for old, new in rows if canonical(old.to_dict()) != canonical(new.to_dict())]
-        problems.append(f"rebuilding gives other bytes: cells {', '.join(changed) or 'none, but the portfolio'} differ")
-    return tuple(problems)

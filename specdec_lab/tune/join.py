@@ -8,10 +8,9 @@ from typing import Any
 
 from ..policy import Policy, canonical
 from .assemble import assemble, labels_of, states_of
+from .evidence import SHARD, collect
 from .shard import CellShard
-from .study import evidence_of
 
-SHARD = "cells_shard"  # of a policy's header
 OWN = ("created", "labels", "evidence", "workers", SHARD)  # what shards of one tuning may say differently
 
 
@@ -20,7 +19,7 @@ class ShardsDiffer(ValueError):
 
 
 def join(policies: Sequence[Policy], folder: Path, now: str) -> Policy:
-    """One policy of all cells, byte for byte that of one process with the same records.
+    """One policy of all cells, byte for byte that of one process with the same results.
 
     policies  of every shard, or one of all shards, to be made again from more records
     folder    of the device in the merged database
@@ -31,11 +30,11 @@ def join(policies: Sequence[Policy], folder: Path, now: str) -> Policy:
     names = sorted({item["file"] for policy in policies for item in policy.header["evidence"]})
     if missing := [name for name in names if not (folder / name).exists()]:
         raise ShardsDiffer(f"{folder} lacks {', '.join(missing)}, which the shards were made from: merge their records first")
-    records, header["evidence"] = evidence_of([folder / name for name in names])
     states = {cell: state for policy in policies for cell, state in states_of(policy).items()}
     header |= {"created": now, SHARD: str(CellShard(0, count))}
     workers = sorted({name for policy in policies for name in policy.header.get("workers", ())})
     header |= {"workers": workers} if workers else {}
+    records, header["evidence"] = collect([folder / name for name in names], header)
     interrupted = {label for policy in policies for label in policy.header["labels"] if label == "interrupted"}
     header["labels"] = labels_of(header, states, records, interrupted)
     return assemble(header, policies[0].rules, states, records, allow_forced=True)

@@ -18,7 +18,8 @@ from ..records import Identity
 from .assemble import assemble, labels_of, refuse_forced
 from .blocks import Clock, Measure
 from .crew import Ending
-from .db import Database, Measurement, read_file
+from .db import Database
+from .evidence import SHARD, collect
 from .folder import RunFolder
 from .grid import Plan
 from .progress import Report
@@ -82,24 +83,17 @@ def _policy(
     """The policy from what is on disk."""
     unvisited = "not_visited", f"{tuner.why_ended()} before this cell"
     states = {cell: tuner.states.get(cell, unvisited) for cell in plan.all_cells}
-    records, evidence = evidence_of(database.paths())
-    header = policy_header(database, setting, evidence)
+    header = policy_header(database, setting)
     header |= {"workers": list(workers)} if tuple(workers) != ("main",) else {}
-    header |= {"cells_shard": str(plan.shard)} if plan.shard.count > 1 else {}
+    header |= {SHARD: str(plan.shard)} if plan.shard.count > 1 else {}
     header |= {"remeasured": True} if setting.remeasure else {}
+    records, header["evidence"] = collect(database.paths(), header)
     header["labels"] = labels_of(header, states, records, {"interrupted"} if interrupted else set())
     rules = Rules(min_speedup=plan.protocol.min_speedup)
     return assemble(header, rules, states, records, allow_forced=allow_forced)
 
 
-def evidence_of(paths: Sequence[Path]) -> tuple[list[Measurement], list[dict[str, Any]]]:
-    """The records of these files, and the `evidence` of a policy that is made from them as they are now."""
-    contents = {path.name: read_file(path) for path in paths}
-    evidence = [{"file": name, "sha256": c.sha256, "bytes": c.num_bytes} for name, c in contents.items()]
-    return [record for c in contents.values() for record in c.measurements], evidence
-
-
-def policy_header(database: Database, setting: Setting, evidence: list[dict[str, Any]]) -> dict[str, Any]:
+def policy_header(database: Database, setting: Setting) -> dict[str, Any]:
     """What the numbers of a policy were measured on."""
     from .. import __version__
 
@@ -112,5 +106,5 @@ def policy_header(database: Database, setting: Setting, evidence: list[dict[str,
         "exact": {"base": dict(identity.base), "drafters": {kind: dict(f) for kind, f in identity.drafters.items()}},
         "workload": setting.workload, "temperature": setting.temperature, "labels": [], "objective": "tokens_per_s",
         "interval": "95 %: Student's t over paired blocks and the text sampled, in quadrature",
-        "run": setting.run, "seed": setting.seed, "protocol": asdict(setting.protocol), "evidence": evidence,
+        "run": setting.run, "seed": setting.seed, "protocol": asdict(setting.protocol), "evidence": [],
     }  # fmt: skip
