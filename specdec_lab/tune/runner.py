@@ -100,6 +100,13 @@ class BlockRunner:
         self._warm_up(cell, OFF)
         return self._run(cell, [OFF] * runs, 2 * seconds)[runs // 2]
 
+    def may_measure(self, cell: Cell, worker: int) -> bool:
+        """Whether this worker has the cell, or takes it now because nobody has."""
+        if not self._executor.is_free_for(cell, worker):
+            return False
+        self._executor.assign(cell, worker)
+        return True
+
     def record_sentinel(
         self, cell: Cell, sample: RunSample, *, status: str = "ok", reason: str = "", pair_of: str | None = None,
         env: Mapping[str, Any] | None = None, **summary: Any,
@@ -107,10 +114,20 @@ class BlockRunner:
         """Plain decoding of a cell, once more, as a record of its own."""
         index = 1 + sum(m.kind == "sentinel" and m.cell == cell and self.is_ours(m) for m in self._database)
         blank = self._blank(cell, OFF, "sentinel", index)
+        about = {**self._env(blank, sample.labels), **(env or {})}
+        about.pop("sentinel", None)  # it is one
         return self._record(replace(
             blank, status=status, reason=reason, design=replace(blank.design, pair_of=pair_of),
-            summary={**summarize_runs([sample]), **summary}, env={**self._env(blank, sample.labels), **(env or {})},
+            summary={**summarize_runs([sample]), **summary}, env=about,
         ))  # fmt: skip
+
+    def open_sentinel(self, worker: str) -> Measurement | None:
+        """The sentinel since which an earlier call of this run measured with this worker, if no other has followed it."""
+        mine = [m for m in self._database.standing() if (m.run, m.worker) == (self._set.run, worker) and m.id not in self.fresh]
+        followed = {m.design.pair_of for m in mine if m.kind == "sentinel"}
+        used = [m.env["sentinel"] for m in mine if "sentinel" in m.env]
+        last = used[-1] if used and used[-1] not in followed else None
+        return next((m for m in mine if m.id == last and m.status == "ok"), None)
 
     def block(self, cell: Cell, config: SpecConfig, kind: str, index: int, seconds: float) -> Measurement:
         """Block `index` of this kind: the recorded one, or four runs of about `seconds` each."""

@@ -58,9 +58,8 @@ class Watch:
 
     def begin(self, worker: int, cell: Cell, seconds: float, record: Measurement) -> None:
         """Plain decoding that was measured just now is the worker's sentinel from here on, unless it has one."""
-        if worker not in self._posts:
-            self._posts[worker] = _Post(cell, seconds, record, self._clock())
-            self._good(worker, record)
+        if worker not in self._posts and self._runner.open_sentinel(self._names[worker]) is None:
+            self._good(worker, _Post(cell, seconds, record, self._clock()), record)
 
     def alone(self, cell: Cell, seconds: float) -> RunSample:
         """Plain decoding while the other workers wait."""
@@ -81,10 +80,16 @@ class Watch:
         raises  MachineShifted
         """
         post = self._posts.get(worker)
-        if post is None:
-            self.begin(worker, cell, seconds, self._runner.record_sentinel(cell, self._runner.plain(cell, seconds)))
-        elif self._clock() - post.at >= PERIOD_S:
-            self._judge(worker, post)
+        if post is not None:
+            if self._clock() - post.at >= PERIOD_S:
+                self._judge(worker, post)
+            return
+        before = self._runner.open_sentinel(self._names[worker])
+        if before is not None and self._runner.may_measure(before.cell, worker):
+            self._judge(worker, _Post(before.cell, seconds, before, -math.inf))  # what that call measured is flagged at most
+        else:
+            record = self._runner.record_sentinel(cell, self._runner.plain(cell, seconds))
+            self._good(worker, _Post(cell, seconds, record, self._clock()), record)
 
     def close(self, worker: int) -> None:
         """Look a last time, if the last look is nearer to two periods ago than to none; raises MachineShifted."""
@@ -96,24 +101,22 @@ class Watch:
         if self._slowdown > math.log1p(CROWDED) and len(self.active) < len(self._names):
             return  # with fewer at work it is faster by that much, which says nothing of drift
         sample = self._compare(worker, post)
-        now = summarize_runs([sample])
-        change = shift(now, post.good.summary)
+        last, change = post.good, shift(summarize_runs([sample]), post.good.summary)
         if not self._is_shifted(worker, post, sample):
-            self._good(worker, self._runner.record_sentinel(post.cell, sample, pair_of=post.good.id, shift=change))
+            self._good(worker, post, self._runner.record_sentinel(post.cell, sample, pair_of=last.id, shift=change))
             return
         words = f"plain decoding of {post.cell} takes {math.exp(change):.3f} times as long as at the last sentinel"
-        last, seconds = post.good, self._clock() - post.at
-        if post.reopenings < MAX_REOPENINGS and self._reopen(worker, last, seconds):
+        if post.reopenings < MAX_REOPENINGS and self._reopen(worker, last, self._clock() - post.at):
             post.reopenings += 1
             reason = f"{words}: measured again since then"
             self._runner.record_sentinel(
                 post.cell, sample, pair_of=last.id, shift=change, status="throttled", reason=reason
             )  # fmt: skip
-            self._good(worker, self._runner.record_sentinel(post.cell, sample))
+            self._good(worker, post, self._runner.record_sentinel(post.cell, sample))
             raise MachineShifted(words)
-        reason = f"{words}, and there was no more time to measure again"
+        reason = f"{words}, and what was measured in between stays"
         record = self._runner.record_sentinel(post.cell, sample, pair_of=last.id, shift=change, is_drift=True, reason=reason)
-        self._good(worker, record)
+        self._good(worker, post, record)
 
     def _compare(self, worker: int, post: _Post) -> RunSample:
         """Of up to LOOKS runs the first that is not shifted, else the one that is least."""
@@ -125,10 +128,10 @@ class Watch:
         return min(looks, key=lambda sample: abs(shift(summarize_runs([sample]), post.good.summary)))
 
     def _is_shifted(self, worker: int, post: _Post, sample: RunSample) -> bool:
-        return is_shifted(summarize_runs([sample]), post.good.summary, variation(self._history[worker]))
+        return is_shifted(summarize_runs([sample]), post.good.summary, variation(self._history.get(worker, ())))
 
-    def _good(self, worker: int, record: Measurement) -> None:
-        post = self._posts[worker]
+    def _good(self, worker: int, post: _Post, record: Measurement) -> None:
         post.good, post.at = record, self._clock()
+        self._posts[worker] = post
         self._history.setdefault(worker, []).append(record)
         self._runner.sentinels[self._names[worker]] = record.id
