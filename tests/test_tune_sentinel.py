@@ -92,7 +92,7 @@ def test_what_was_measured_since_the_last_good_sentinel_is_measured_again_and_no
 
 
 def test_blocks_before_the_last_good_sentinel_are_not_measured_again(tmp_path):
-    world = Drifting(factor=1.5, start=330.0, end=500.0, is_even=True)
+    world = Drifting(factor=1.5, start=330.0, end=700.0, is_even=True)
     run(tmp_path, world, plan(lengths=(512, 1024, 2048, 4096)))
     everything = records(tmp_path)
     stand = standing(everything)
