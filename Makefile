@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab test check bench gpu notebooks clean
+.PHONY: help setup demo lab test check bench gpu notebooks pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -59,6 +59,9 @@ gpu:  ## measure this machine's GPU in at most ten minutes (STAGES="calibrate ke
 
 notebooks: $(VENV)/.dev  ## run the notebooks again and store their outputs
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+pictures: $(VENV)/.dev  ## take the pictures of the README again, in a real browser, from the recorded run in tuning_db
+	SPECDEC_ARTEFACTS=notebooks/pictures $(BIN)/python -m pytest -q tests/e2e -k recorded
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

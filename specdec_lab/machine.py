@@ -1,10 +1,11 @@
-"""Facts about this machine that travel with every number: cores, memory, caches, versions, commit.
+"""Facts about this machine that travel with every number: cores, memory, caches, versions, commit, time.
 
 Standard library only. No host name and no path leaves this module.
 """
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import platform
@@ -141,6 +142,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def now() -> str:
+    """The time in UTC, to the millisecond, ISO 8601: runs of one second keep their order."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
 @cache
 def commit(package: Path = PACKAGE) -> str:
     """The commit of the checkout that this package is part of, with "-dirty" if changed; else "unknown"."""
@@ -148,6 +154,12 @@ def commit(package: Path = PACKAGE) -> str:
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
     return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
+
+
+def short(commit: str) -> str:
+    """A commit as it is shown: twelve digits, and "-dirty" where files were changed."""
+    digits, dash, state = commit.partition("-")
+    return f"{digits[:12]}{dash}{state}"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

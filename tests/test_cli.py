@@ -34,7 +34,9 @@ from specdec_lab.tune import Progress, Protocol
 from specdec_lab.tune.folder import RunFolder
 from specdec_lab.workload import KINDS
 
-VERBS = ("load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "bench", "gpu", "acceptance", "demo")
+VERBS = (
+    "load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "limits", "bench", "gpu", "acceptance", "demo"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -541,6 +543,17 @@ def test_export_options_reach_the_engine():
     words = ("export", "policy.json", "--length", "512", "--option", "ngram-match=2,3")
     assert json.loads(call(*words, "--to", "llama_cpp", "--option", "batch=4", "--json")[1])["command"]
     assert '"prompt_lookup_max": 3' in call(*words, "--to", "vllm")[1].replace("\\", "")
+
+
+def test_a_folder_of_traces_is_replayed_in_the_order_of_recording(tmp_path):
+    moments = {"a": "2026-01-01T00:00:02.000+00:00", "b": "2026-01-01T00:00:00.500+00:00", "c": "2026-01-01T00:00:02.000+00:00"}
+    blocks = {"a": 3, "b": 1, "c": 2}
+    for name, moment in moments.items():
+        run = builders.run_of(builders.off_step(), created=moment, block=blocks[name], config="off", run_id=name)
+        write_run(run, tmp_path / f"{name}.jsonl")
+    code, out, _ = call("replay", str(tmp_path), "--json")
+    assert code == 0
+    assert [run["header"]["run_id"] for run in json.loads(out)["runs"]] == ["b", "c", "a"]
 
 
 def test_replay_repeats_a_run_and_counts_damaged_lines():

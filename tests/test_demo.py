@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 import specdec_lab as sd
 import tiny
-from specdec_lab.demo import card, corpus, evaluate, gates, streams, train_demo
+from specdec_lab.demo import card, corpus, evaluate, gates, streams, train_demo, training
 from specdec_lab.demo import held_out as writer
 from specdec_lab.records import KvView
 from specdec_lab.workload import HELD_OUT, read_held_out
@@ -133,7 +133,7 @@ def train_tiny(seed: int = 5, steps: int = 30):
     tokenizer = train_demo.make_tokenizer(d.text for d in documents)
     crops = train_demo.Crops(documents, tokenizer, seed)
     model = LlamaForCausalLM(train_demo.make_config("tiny"))
-    train_demo.init_weights(model, torch.Generator().manual_seed(seed))
+    training.init_weights(model, torch.Generator().manual_seed(seed))
 
     def loss(inputs, targets, done, bf16):
         return train_demo.text_loss(model, inputs, targets, bf16)
@@ -280,7 +280,7 @@ def tiny_pair(tmp_path, tiny_recipe, monkeypatch):
     tokenizer = train_demo.make_tokenizer(d.text for d in documents)
     for seed, name in enumerate(("target", "draft")):
         model = LlamaForCausalLM(train_demo.make_config("tiny"))
-        train_demo.init_weights(model, torch.Generator().manual_seed(seed))
+        training.init_weights(model, torch.Generator().manual_seed(seed))
         train_demo.save(model, tokenizer, tmp_path / name)
     shutil.copy(HOME / "README.md", tmp_path)
     monkeypatch.setattr(evaluate, "SAMPLED_ROWS", 2)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specdec_lab import machine
+from specdec_lab import __version__, machine
+from specdec_lab.bench.provenance import made_with, provenance
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -162,3 +163,16 @@ def test_openmp_libraries_of_the_process_are_counted_once_each(tmp_path):
     )
     assert machine.openmp_libraries(tmp_path) == ("libgomp.so.1", "libgomp-a34b.so.1.0.0")
     assert machine.openmp_libraries(tmp_path / "nowhere") == ()
+
+
+def test_a_commit_is_shown_in_twelve_digits_and_still_says_that_files_changed():
+    assert machine.short("0123456789abcdef" + "0" * 24) == "0123456789ab"
+    assert machine.short("0123456789abcdef" + "0" * 24 + "-dirty") == "0123456789ab-dirty"
+    assert machine.short("unknown") == "unknown"
+
+
+def test_a_row_of_the_bench_folder_names_what_it_was_made_with(monkeypatch):
+    monkeypatch.setattr(machine, "commit", lambda: "0123456789abcdef-dirty")
+    made = provenance()
+    assert made["versions"]["specdec_lab"] == __version__
+    assert made_with(made) == f"torch {made['versions']['torch']}, commit 0123456789ab-dirty, {made['created'][:10]}"

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from specdec_lab.bench.sessions import Sessions
 from specdec_lab.cli import main
-from specdec_lab.demo import train_demo, train_needle
+from specdec_lab.demo import train_needle, training
 from specdec_lab.engine.loop import Engine
 from specdec_lab.engine.models.loading import DEMO, load
 from specdec_lab.policy import Estimate, Policy, Row, Rules
@@ -106,7 +106,7 @@ def test_the_stored_accuracy_is_reproduced_by_transformers(length):
 def test_thirty_steps_lower_the_loss_and_the_files_load_in_the_engine(tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(train_needle.make_config())
-    train_demo.init_weights(model, torch.Generator().manual_seed(3))
+    training.init_weights(model, torch.Generator().manual_seed(3))
     phases = (train_needle.Phase(1.0, 128, 4),)
     losses = train_needle.train(model, 30 * 512, 3, lambda line: None, phases)
     assert len(losses) == 30

@@ -283,6 +283,7 @@ def test_compiled_tables_agree_with_lookup():
 def test_the_headline_counts_what_was_measured():
     made = policy(*GRID, Row(Cell(64, 512), "infeasible", "x"))
     assert made.headline() == "speculate in 2 of 4 feasible cells, 1.20x to 1.80x"
+    assert policy(*GRID[:2]).headline() == "speculate in 1 of 2 feasible cells, 1.20x"
     assert "plain decoding wins everywhere" in policy(GRID[0]).headline()
 
 

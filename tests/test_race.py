@@ -12,7 +12,7 @@ import specdec_lab as sd
 from racers import CELL, RIGHT, Fake, Prompts, raced
 from specdec_lab.bench.race import report
 from specdec_lab.bench.race.gate import EQUAL, NEAR_TIE, Gate
-from specdec_lab.bench.race.report import RaceReport, json_lines
+from specdec_lab.bench.race.report import RaceReport, rows_to_save
 from specdec_lab.bench.race.runner import Race
 from specdec_lab.records import Cell
 
@@ -42,7 +42,7 @@ def row_of(results, name):
 def texts_of(results):
     """Everything that a reader may see of these results."""
     made = RaceReport(HEADER, tuple(results))
-    return str(made), made.markdown(), json.dumps(made.to_dict()), "\n".join(json_lines(HEADER, results[0]))
+    return str(made), made.markdown(), json.dumps(made.to_dict()), json.dumps(rows_to_save(HEADER, results[0]))
 
 
 # Order.
@@ -219,7 +219,7 @@ def test_speeds_and_ratios_are_of_the_same_blocks():
 
 def test_a_line_of_the_database_holds_what_its_numbers_depend_on():
     results, _ = raced(Fake("a/plain"), prompts=Prompts(labels=("repeated prompts",)))
-    lines = [json.loads(line) for line in json_lines(HEADER, results[0])]
+    lines = json.loads(json.dumps(rows_to_save(HEADER, results[0])))
     assert [line["peer"] for line in lines] == ["ours/off", "a/plain"]
     for line in lines:
         assert line["schema"] == "specdec_lab.race/1"
@@ -236,7 +236,7 @@ def test_a_line_of_the_database_holds_what_its_numbers_depend_on():
 
 def test_one_block_gives_a_ratio_without_an_interval_that_json_can_hold():
     results, _ = raced(Fake("a/plain"), blocks=1)
-    ratio = json.loads(json_lines(HEADER, results[0])[1])["ratios"]["ours/off"]
+    ratio = rows_to_save(HEADER, results[0])[1]["ratios"]["ours/off"]
     assert (ratio["low"], ratio["high"]) == (0.0, None)
     assert "1.00x  " in texts_of(results)[0]
 
@@ -261,7 +261,7 @@ def test_peers_that_cannot_run_a_cell_are_listed_with_the_reason():
 def test_a_cell_that_cannot_run_is_said_and_the_others_go_on():
     results, _ = raced(cells=(Cell(9, 9), CELL), prompts=Prompts({Cell(9, 9): "no room"}))
     assert [(result.cell, result.skipped) for result in results] == [(Cell(9, 9), "no room"), (CELL, None)]
-    assert json.loads(json_lines(HEADER, results[0])[0])["reason"] == "no room"
+    assert rows_to_save(HEADER, results[0])[0]["reason"] == "no room"
     assert "9x9  skipped: no room" in str(RaceReport(HEADER, tuple(results)))
 
 

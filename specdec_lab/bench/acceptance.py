@@ -5,16 +5,15 @@ Not known here: time. What a tree costs is measured elsewhere; `trees.choose` we
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import machine
 from ..records import Cell, StepRecord, TreeShape, UnsupportedConfig
 from ..stream import record
 from ..trees import Counts, Drafting, RankFit, best_tree, expected_tokens, fit_acceptance, observed, probe_tree
 from ..workload import Sampling, Workload
+from .provenance import made_with, provenance
 from .sessions import Sessions
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ class AcceptanceReport:
         ]  # fmt: skip
         if self.rivals:
             lines += ["", *_rivals_table(self.rivals)]
-        made = f"{about['device']}, torch {about['versions'].get('torch')}, commit {about['commit'][:12]}, {about['created']}"
-        return "\n".join([*lines, "", made])
+        return "\n".join([*lines, "", f"{about['device']}, {made_with(about)}"])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -117,9 +115,8 @@ def measure_acceptance(
     sessions = sessions or Sessions(engine, workload, max_new_tokens=new_tokens, sampling=sampling)
     run = record(sessions.steps(cell, config))
     header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": engine.identity().device,
-        "base": dict(engine.identity().base), "key": engine.identity().of(config), "machine": machine.facts(),
-        "versions": machine.versions(), "commit": machine.commit(), "labels": list(run.header.labels),
+        **provenance(), "device": engine.identity().device, "base": dict(engine.identity().base),
+        "key": engine.identity().of(config), "labels": list(run.header.labels),
         "workload": run.header.workload, "cell": str(cell), "drafting": str(drafting), "temperature": run.header.temperature,
         "verifier": run.header.verifier, "sampling": dict(sampling), "seed": run.header.seed, "width": width, "depth": depth,
         "probe": str(config.tree), "probe_nodes": config.num_nodes, "rounds": len(run.rounds), "interrupted": run.interrupted,

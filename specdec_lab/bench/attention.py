@@ -6,7 +6,6 @@ float64. A plan is made outside the clock and used inside it, as the engine does
 
 from __future__ import annotations
 
-import datetime
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from .. import __version__, machine, sensors
+from .. import machine, sensors
 from ..engine import conformance
 from ..engine.attention import AttentionBackend, Need, Reads
 from ..engine.cache import CacheTooLarge, KvCache
@@ -27,11 +25,13 @@ from ..engine.conformance.cases import ROUND_QUERIES, chain
 from ..engine.conformance.judging import allowed_error, worst_row
 from ..engine.conformance.report import NOTHING_RAN, RED, Report
 from ..engine.threads import torch_threads
-from ..records import KvView, Spread, TreeShape
+from ..records import KvView, TreeShape
+from ..summary import spread
 from .attention_results import BUSY, CACHE_UNKNOWN, FITS, TOO_FAST, AttentionReport, Setting, Timing
 from .kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from .kernel_targets import contestants
 from .neighbours import busy_s, other_cores
+from .provenance import provenance
 
 WARM_UP_BLOCKS = 1
 COLD = 4  # times the last-level cache: what other layers bring through it before a layer is read again
@@ -98,11 +98,7 @@ def attention(
                 skipped[f"{shape} {dtype}"] = str(error)
     if not settings:
         raise ValueError("nothing could be timed. " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
-    header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine.facts(),
-        "versions": {"specdec_lab": __version__, **machine.versions()}, "commit": machine.commit(), "blocks": blocks,
-        "load_average": [load_before, instruments.load()],
-    }  # fmt: skip
+    header = {**provenance(), "blocks": blocks, "load_average": [load_before, instruments.load()]}
     return AttentionReport(tuple(settings), header, checked, skipped)
 
 
@@ -249,13 +245,10 @@ class Call:
 
     def timing(self, stage: Stage, threads: int) -> Timing:
         """What became of it. Of a block the median counts, so that one call that other work cut in two does not."""
-        p05, middle, p95 = (float(s) for s in np.percentile(self.walls, (5, 50, 95)))
         blocks = tuple(median(self.walls[at : at + CALLS]) for at in range(0, len(self.walls), CALLS))
         kv_bytes = stage.shape.kv_bytes(len(self.corner.parents), stage.cache.kv.itemsize)
-        return Timing(
-            self.name, self.corner.name, len(self.corner.queries), kv_bytes, blocks, Spread(middle, p05, p95, len(self.walls)),
-            self.cpu_s / sum(self.walls) / threads,
-        )  # fmt: skip
+        share = self.cpu_s / sum(self.walls) / threads
+        return Timing(self.name, self.corner.name, len(self.corner.queries), kv_bytes, blocks, spread(self.walls), share)
 
 
 def _labels(setting: Setting, stage: Stage) -> Iterator[str]:

@@ -13,6 +13,8 @@ from .. import machine
 from ..records import Spread
 from ..summary import PairedRatio, paired_ratio
 from .kernel_shapes import KernelShape
+from .provenance import made_with
+from .tables import aligned, github
 
 SCHEMA = "specdec_lab.attention/1"
 FITS, CACHE_UNKNOWN, BUSY = "KV fits in cache", "size of the last-level cache unknown", "machine busy"
@@ -20,7 +22,6 @@ TOO_FAST = "faster than the read stream: part of the KV came from cache"
 COMPARED = (("sdpa", "cpu"), ("cpu:avx2", "cpu:native"))  # candidate and what it is compared with
 ENGINE = ("cpu", "sdpa")  # what the engine can attend with; the others are builds to be compared with each other
 UNSURE = 10.0  # an interval that reaches so many times the mean says nothing
-ALIGNED = {True: str.ljust, False: str.rjust}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +172,8 @@ class AttentionReport:
         about = self.header
         checked = "; ".join(f"{name} {report['cases']} cases" for name, report in self.conformance.items())
         before, after = ("?" if load is None else f"{load:.1f}" for load in about["load_average"])
-        place = f"{about['machine']['cpu']}, {about['machine']['cores']} cores, torch {about['versions'].get('torch')}"
-        when = f"commit {about['commit'][:12]}, {about['created']}, load {before} before and {after} after"
-        return f"{place}, {when}\nconformance: {checked}, all green"
+        place, load = f"{about['machine']['cpu']}, {about['machine']['cores']} cores", f"load {before} before and {after} after"
+        return f"{place}, {made_with(about)}, {load}\nconformance: {checked}, all green"
 
 
 EXPLAINED = (
@@ -227,12 +227,9 @@ def _ratio_text(ratio: PairedRatio | None) -> str:
 
 def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded with spaces, the first aligned left."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = [[ALIGNED[i == 0](cell, widths[i]) for i, cell in enumerate(row)] for row in (titles, *rows)]
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join(aligned([titles, *rows], range(1, len(titles))))
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table, numbers aligned right."""
-    rule = ["---", *["--:"] * (len(titles) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
+    return "\n".join(github([titles, *rows], range(1, len(titles))))

@@ -6,7 +6,6 @@ noise that is used twice shows in the joint law, not in single tokens. Not known
 
 from __future__ import annotations
 
-import datetime
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 
-from .. import machine
 from ..engine.loop import Engine
 from ..engine.models.loading import load
 from ..engine.sampling import Processor
 from ..stream import record
 from ..workload import Workload
+from .provenance import made_with, provenance
 
 SCHEMA = "specdec_lab.lossless/1"
 VOCABULARY, JOINT = 5, 4
@@ -93,8 +92,7 @@ class LosslessReport:
             f"all {len(self.checks)} follow the target's law (none below {self.limit:.1g}, one chance in "
             f"{1 / SIGNIFICANCE:.0f} for all together); the controls were told apart"
         )
-        made = f"{about['device']}, attention by {about['backend']}, torch {about['versions'].get('torch')}, commit " \
-               f"{about['commit'][:12]}, {about['created']}"  # fmt: skip
+        made = f"{about['device']}, attention by {about['backend']}, {made_with(about)}"
         return "\n".join([title, head, *rows, verdict, made])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -188,8 +186,7 @@ def lossless(
     alone = Engine(load(small_model(noise=0.4), device=device), backend)
     controls = [_check(alone, "off", "rejection", processor, laws[processor], samples, CONTROL) for processor in processors]
     header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": engine.identity().device,
-        "backend": engine.backend.name, "machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit(),
+        **provenance(), "device": engine.identity().device, "backend": engine.backend.name,
         "samples": samples, "vocabulary": VOCABULARY, "joint": JOINT,
     }  # fmt: skip
     return LosslessReport(tuple(checks), tuple(controls), header)

@@ -5,17 +5,16 @@ A ratio is printed only if both emitted the same tokens. Not known here: where r
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .. import machine
 from ..engine.loop import Engine
 from ..records import Cell, SpecConfig
 from ..summary import PairedRatio, paired_ratio
 from ..workload import Workload
+from .provenance import made_with, provenance
 from .sessions import Sessions
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ class OverheadReport:
     header: dict[str, Any]
 
     def __str__(self) -> str:
-        about = self.header
-        made = f"{about['device']}, torch {about['versions'].get('torch')}, commit {about['commit'][:12]}, {about['created']}"
+        made = f"{self.header['device']}, {made_with(self.header)}"
         title = "step time with instrumentation over step time without (1 = free; 95% interval over blocks)"
         return "\n".join([title, *map(str, self.results), made])
 
@@ -94,8 +92,7 @@ def overhead(
         say(str(results[-1]))
     identity = engines[True].identity()
     header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": identity.device,
-        "base": dict(identity.base), "machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit(),
+        **provenance(), "device": identity.device, "base": dict(identity.base),
         "workload": workload if isinstance(workload, str) else "own",
     }  # fmt: skip
     return OverheadReport(tuple(results), header)

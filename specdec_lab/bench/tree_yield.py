@@ -6,7 +6,6 @@ here: time. A larger tree always yields more; what it costs is weighed by `trees
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +13,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .. import machine
 from ..records import Cell, Run, TreeShape
 from ..stream import record
 from ..trees import Drafting, best_tree, expected_tokens
 from ..workload import Sampling
 from .acceptance import AcceptanceReport, measure_acceptance
+from .provenance import made_with, provenance
 from .sessions import Sessions
+from .tables import aligned, github
 
 if TYPE_CHECKING:
     from ..engine.loop import Engine
@@ -92,8 +92,7 @@ class TreeYields:
     header: dict[str, Any]
 
     def __str__(self) -> str:
-        about = self.header
-        made = f"{about['device']}, torch {about['versions'].get('torch')}, commit {about['commit'][:12]}, {about['created']}"
+        made = f"{self.header['device']}, {made_with(self.header)}"
         return "\n".join([*_rank_lines(self.entries), "", *_contest_lines(self.entries), made])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -102,7 +101,7 @@ class TreeYields:
     @property
     def markdown(self) -> str:
         """Both tables for a README."""
-        return "\n".join([*_as_markdown(_rank_rows(self.entries)), "", *_as_markdown(_contest_rows(self.entries))])
+        return "\n".join([*github(_rank_rows(self.entries)), "", *github(_contest_rows(self.entries))])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, one row of the bench folder."""
@@ -135,8 +134,7 @@ def measure_yields(
                 say("  ".join(map(str, _rank_row(entry))))
     identity = engine.identity()
     header = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": identity.device,
-        "base": dict(identity.base), "machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit(),
+        **provenance(), "device": identity.device, "base": dict(identity.base),
         "workload": workload, "new_tokens": new_tokens, "batch": batch, "seed": seed, "verifier": verifier,
     }  # fmt: skip
     return TreeYields(tuple(entries), header)
@@ -211,21 +209,11 @@ def _contest_rows(entries: Iterable[Entry]) -> list[list[str]]:
     return rows
 
 
-def _as_columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _rank_lines(entries: Iterable[Entry]) -> list[str]:
     title = "chance that child k of an accepted node is the accepted one, pooled over depths"
-    return [title, *_as_columns(_rank_rows(entries))]
+    return [title, *aligned(_rank_rows(entries))]
 
 
 def _contest_lines(entries: Iterable[Entry]) -> list[str]:
     title = "tokens of a round, measured ± standard error over rows (expected by the ranks above), at equal size"
-    return [title, *_as_columns(_contest_rows(entries))]
-
-
-def _as_markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    return [title, *aligned(_contest_rows(entries))]

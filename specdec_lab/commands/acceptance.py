@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 
-from .files import writable_folder
+from .bench_rows import keeper
 from .lab import Lab
 from .mistakes import asked
 from .outcome import INTERRUPTED, OK, Outcome
@@ -18,14 +17,12 @@ def acceptance(lab: Lab, args: Namespace) -> Outcome:
     """Measure; `--save` appends the row to the database's bench folder. An interrupt keeps what was counted."""
     from ..bench.acceptance import measure_acceptance
     from ..trees import Drafting
-    from ..tune import find_database
-    from ..tune.db import append_lines
     from ..workload import Sampling
 
     lab.check_idle("acceptance")
     with asked():
         drafting = Drafting.parse(args.config)
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, FILE)
     engine = lab.engine_for(args)
     sampling = Sampling(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed, verifier=args.verifier
@@ -35,6 +32,5 @@ def acceptance(lab: Lab, args: Namespace) -> Outcome:
             engine, drafting, args.cell, width=args.width, depth=args.depth, workload=args.workload, sampling=sampling,
             new_tokens=args.max_new_tokens, say=Screen(lab.err).say,
         )
-    if folder is not None:
-        append_lines(folder / FILE, [json.dumps(report.to_dict(), sort_keys=True, allow_nan=False)])
+    keep([report.to_dict()])
     return Outcome(report, str(report), report.to_dict(), INTERRUPTED if report.header["interrupted"] else OK)

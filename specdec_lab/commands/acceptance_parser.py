@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..records import Cell, parse_count
 from .bench_parser import save_options
-from .parser import WORKLOADS, Verbs, choose_model, offer_json, sampling_options
+from .parser import Verbs, choose_model, offer_json, sampling_options, shipped_workload
 from .spelling import spelled
 
 
@@ -19,8 +19,7 @@ def add_acceptance(verbs: Verbs) -> None:
     verb.add_argument("--cell", type=spelled(Cell.parse), default=Cell(4, 1024), metavar="BxL", help="default: 4x1024")
     verb.add_argument("--width", type=spelled(parse_count), default=8, metavar="K", help="children of a node (default: 8)")
     verb.add_argument("--depth", type=spelled(parse_count), default=3, metavar="D", help="levels of children (default: 3)")
-    verb.add_argument("--workload", choices=WORKLOADS, default="prose",
-                      help="shipped text, or needle with --model needle (default: prose)")
+    shipped_workload(verb)
     verb.add_argument("--max-new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
     sampling_options(verb)
     save_options(verb)

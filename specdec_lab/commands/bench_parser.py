@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bench.kernel_shapes import BLOCKS, CALLS, DTYPES, QUERIES, SHAPES, TREE, KernelShape
 from ..records import Cell, TreeShape, parse_count
-from .parser import LOADS, WORKLOADS, Parser, Verbs, choose_model, offer_json
+from .parser import LOADS, Parser, Verbs, choose_model, offer_json, shipped_workload
 from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts, split_names
 
 DEFAULT_ACTION = "race"
@@ -78,8 +78,7 @@ def _race(actions: Verbs) -> None:
     action.add_argument("--blocks", type=spelled(parse_count), default=5, metavar="N",
                         help="interleaved repetitions; the interval comes from them (default: 5)")
     action.add_argument("--new-tokens", type=spelled(parse_count), default=32, metavar="N", help="per decode (default: 32)")
-    action.add_argument("--workload", choices=WORKLOADS, default="prose",
-                        help="shipped text, or needle with --model needle (default: prose)")
+    shipped_workload(action)
     action.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the peers (default: 0)")
     action.add_argument("--markdown", metavar="FILE.md", help="write the table as markdown")
     save_options(action)
@@ -95,8 +94,7 @@ def _overhead(actions: Verbs) -> None:
                         help="default: off,self:4+60/chain3")
     action.add_argument("--rounds", type=spelled(parse_count), default=50, metavar="N", help="of one run (default: 50)")
     action.add_argument("--blocks", type=spelled(parse_count), default=8, metavar="N", help="of four runs each (default: 8)")
-    action.add_argument("--workload", choices=WORKLOADS, default="prose",
-                        help="shipped text, or needle with --model needle (default: prose)")
+    shipped_workload(action)
     save_options(action)
     choose_model(action)
     offer_json(action)
@@ -192,7 +190,7 @@ def _trees(actions: Verbs) -> None:
     action.add_argument("--sizes", type=spelled(split_counts), default=(8, 16), metavar="N,...",
                         help="nodes, root counted (default: 8,16)")
     action.add_argument("--new-tokens", type=spelled(parse_count), default=128, metavar="N", help="per prompt (default: 128)")
-    action.add_argument("--workload", choices=WORKLOADS, default="prose", help="shipped held-out text (default: prose)")
+    shipped_workload(action)
     action.add_argument("--verifier", choices=("rejection", "coupled"), default="rejection", help="when sampling")
     action.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of the places in the text")
     action.add_argument("--markdown", action="store_true", help="print the tables as markdown")

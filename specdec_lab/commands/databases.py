@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import machine
+from ..bench.tables import aligned
 from .files import writable_file, writable_folder
 from .lab import Lab
 from .mistakes import UserMistake, asked
 from .outcome import OK, RED, Outcome, Words
-from .policies import columns, policy_words
+from .policies import policy_words
 
 if TYPE_CHECKING:
     from ..policy import Policy
@@ -54,7 +55,7 @@ def _ls(args: Namespace) -> Outcome:
         rows.append((str(path.relative_to(root)), *counts, ", ".join(loads), skipped))
         data.append({"file": str(path), "records": len(found.measurements), "ok": good, "cells": len(cells), "workloads": loads,
                      "skipped": dict(found.skipped)})  # fmt: skip
-    words = "\n".join(columns(rows)) if data else f"no measurements in {root}; tune makes some"
+    words = "\n".join(aligned(rows)) if data else f"no measurements in {root}; tune makes some"
     return Outcome(Words(words), words, data)
 
 
@@ -98,8 +99,7 @@ def _joined(sources: list[Path], into: Path) -> Policy:
 
     policies = [Policy.load(source / POLICY) for source in sources if (source / POLICY).exists()]
     device = policies[0].header["device"] if policies else ""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return join(policies, device_folder(into, device), now)
+    return join(policies, device_folder(into, device), machine.now())
 
 
 def _next_pass(policy: Policy, into: Path) -> list[str]:

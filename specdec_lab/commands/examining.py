@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from .bench_rows import keeper
 from .files import writable_folder
 from .lab import Lab
 from .mistakes import UserMistake, asked
@@ -35,12 +35,10 @@ def overhead(lab: Lab, args: Namespace) -> Outcome:
     from ..bench.overhead import DEFAULT_CONFIGS, OutputsDiffer
     from ..bench.overhead import overhead as measure
     from ..bench.profile import check_configs
-    from ..tune import find_database
-    from ..tune.db import append_lines
 
     lab.check_idle("bench")
     engine = lab.engine_for(args)
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, "overhead.jsonl")
     screen = Screen(lab.err)
     configs = args.config or DEFAULT_CONFIGS
     try:
@@ -52,8 +50,7 @@ def overhead(lab: Lab, args: Namespace) -> Outcome:
             )
     except OutputsDiffer as red:
         return Outcome(None, str(red), {"error": str(red)}, RED)
-    if folder is not None:
-        append_lines(folder / "overhead.jsonl", [json.dumps(report.to_dict(), sort_keys=True)])
+    keep([report.to_dict()])
     return Outcome(report, str(report), report.to_dict())
 
 
@@ -73,13 +70,10 @@ def demo(lab: Lab, args: Namespace) -> Outcome:
 def lossless(lab: Lab, args: Namespace) -> Outcome:
     """Check the law of speculation; red if a check failed or a control was not told apart."""
     from ..bench.lossless import lossless as measure
-    from ..tune import find_database
-    from ..tune.db import append_lines
 
     lab.check_idle("bench")
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, "lossless.jsonl")
     with asked():
         report = measure(samples=args.samples, backend=args.backend, say=Screen(lab.err).say)
-    if folder is not None:
-        append_lines(folder / "lossless.jsonl", [json.dumps(report.to_dict(), sort_keys=True, allow_nan=False)])
+    keep([report.to_dict()])
     return Outcome(report, str(report), report.to_dict(), RED if report.faults else OK)

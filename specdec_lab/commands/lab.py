@@ -58,7 +58,8 @@ class Lab:
     ) -> None:
         self._load = load or _load
         self.variables = variables
-        self.out, self.err = out or sys.stdout, err or sys.stderr
+        # a notebook paints the error stream red, which progress does not deserve
+        self.out, self.err = out or sys.stdout, err or (sys.stderr if variables is None else sys.stdout)
         self.engine: Engine | None = None
         self.source: tuple[str, str | None] = ("demo", None)
         self.placement: dict[str, str] = {}

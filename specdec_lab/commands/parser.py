@@ -51,12 +51,10 @@ def build_parser(prog: str = SHELL) -> Parser:
     from .bench_parser import add_bench
     from .database_parser import add_db
     from .gpu_parser import add_gpu
+    from .limits_parser import add_limits
 
-    verbs_of_all = (
-        _load, _run, _profile, _tune, _resume, add_db, _policy, _export, _replay, _doctor, add_bench, add_gpu, add_acceptance,
-        _demo,
-    )  # fmt: skip
-    for add in verbs_of_all:
+    measuring = (_load, _run, _profile, _tune, _resume, add_db, _policy, _export, _replay)
+    for add in (*measuring, _doctor, add_limits, add_bench, add_gpu, add_acceptance, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))
@@ -124,8 +122,7 @@ def _profile(verbs: Verbs) -> None:
     verb.add_argument("--cells", type=spelled(split_cells), required=True, metavar="BxL,...", help="for example 1x1024,8x4k")
     verb.add_argument("--configs", type=spelled(split_configs), required=True, metavar="CONFIG,...",
                       help="for example off,self:4+60/chain3; off is added if left out")
-    verb.add_argument("--workload", choices=LOADS, default="prose",
-                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
+    any_workload(verb)
     verb.add_argument("--blocks", type=spelled(parse_count), default=4, metavar="N",
                       help="interleaved repetitions; the interval comes from them (default: 4)")
     verb.add_argument("--block-seconds", type=spelled(seconds), default=0.5, metavar="S",
@@ -148,8 +145,7 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--lengths", type=spelled(split_counts), default=(512, 1024, 4096), metavar="N,...",
                       help="default: 512,1k,4k")
     verb.add_argument("--budget", type=spelled(seconds), default=120.0, metavar="TIME", help="90s, 2m (default: 120s)")
-    verb.add_argument("--workload", choices=LOADS, default="prose",
-                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
+    any_workload(verb)
     verb.add_argument("--db", metavar="PATH", help="tuning database (default: ./tuning_db, else the user's own)")
     verb.add_argument("--run", metavar="DIR", help="run folder; the same one again resumes (default: runs/tune-WORKLOAD-...)")
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
@@ -268,6 +264,18 @@ def choose_model(verb: Parser) -> None:
     group = verb.add_argument_group("model", "default: the engine in use, else the shipped pair")
     group.add_argument("--model", metavar="MODEL", help="demo (the shipped pair), needle, a folder or a hub name")
     _placement(group)  # type: ignore[arg-type]  # a group adds arguments as a parser does
+
+
+def any_workload(verb: Parser) -> None:
+    """Which text the prompts are cut from, or none."""
+    verb.add_argument("--workload", choices=LOADS, default="prose",
+                      help="shipped text (default: prose), needle with --model needle, or random ids and KV (timing only)")
+
+
+def shipped_workload(verb: Parser) -> None:
+    """Which text the prompts are cut from, where what is said matters."""
+    verb.add_argument("--workload", choices=WORKLOADS, default="prose",
+                      help="shipped text, or needle with --model needle (default: prose)")
 
 
 def sampling_options(verb: Parser) -> None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bench.tables import aligned
 from ..records import Cell
 from .files import writable_folder
 from .lab import Lab
@@ -79,7 +80,7 @@ def policy_words(found: Policy) -> str:
     measured = f"{header['target']}, workload {header['workload']}, {header['device']}, {header['dtype']}"
     about = f"{measured}, {header['created'][:10]}{labels}"
     head = ("cell", "state", "config", "speed-up", "95% interval", "tokens/s", "plain tokens/s")
-    return "\n".join([found.headline(), about, *machine_words(found), "", *columns([head, *map(row_cells, found.table)])])
+    return "\n".join([found.headline(), about, *machine_words(found), "", *aligned([head, *map(row_cells, found.table)])])
 
 
 def machine_words(found: Policy) -> list[str]:
@@ -102,12 +103,6 @@ def row_cells(row: Any) -> tuple[str, ...]:
     interval = "" if row.config == "off" else f"{low:.2f} to {high:.2f}"
     speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
     return str(row.cell), row.state, row.config, f"{row.speedup:.2f}x", interval, speed, f"{row.baseline_tokens_per_s:,.0f}"
-
-
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of texts as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def export(lab: Lab, args: Namespace) -> Outcome:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench_parser import GRIDS, PeerOption
+from .bench_rows import Keep, keeper
 from .files import writable_file, writable_folder
 from .lab import Lab
 from .mistakes import UserMistake, asked
@@ -29,10 +30,9 @@ def race(lab: Lab, args: Namespace) -> Outcome:
     from ..bench.race.report import header_of
     from ..bench.race.runner import Race
     from ..bench.sessions import Sessions
-    from ..tune import find_database
 
     lab.check_idle("bench")
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, "race.jsonl")
     markdown = writable_file(args.markdown, ".md") if args.markdown else None
     screen = Screen(lab.err)
     engine = lab.engine_for(args)
@@ -51,23 +51,21 @@ def race(lab: Lab, args: Namespace) -> Outcome:
                 say=screen.say, show=lambda line: screen.draw(lambda: line),
             ))  # fmt: skip
         header = header_of(engine, workload=args.workload, new_tokens=args.new_tokens, blocks=args.blocks, seed=args.seed)
-        report = _drain(racing, args.cells or GRIDS[args.grid], header, folder)
+        report = _drain(racing, args.cells or GRIDS[args.grid], header, keep)
         screen.wipe()
     if markdown is not None:
         markdown.write_text(report.markdown(), encoding="utf-8")
     return Outcome(report, str(report), report.to_dict(), _exit_code(report))
 
 
-def _drain(racing: Any, cells: Any, header: dict[str, Any], folder: Path | None) -> RaceReport:
+def _drain(racing: Any, cells: Any, header: dict[str, Any], keep: Keep) -> RaceReport:
     """Run it; an interrupt keeps every finished cell."""
-    from ..bench.race.report import RaceReport, json_lines
-    from ..tune.db import append_lines
+    from ..bench.race.report import RaceReport, rows_to_save
 
     results: list[CellResult] = []
     try:
         for result in racing.run(cells):
-            if folder is not None:
-                append_lines(folder / "race.jsonl", json_lines(header, result))
+            keep(rows_to_save(header, result))
             results.append(result)
     except KeyboardInterrupt:
         return RaceReport(header, tuple(results), is_interrupted=True)

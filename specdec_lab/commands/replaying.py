@@ -19,7 +19,7 @@ TRACES = (".jsonl", ".jsonl.gz")
 
 
 def replay(lab: Lab, args: Namespace) -> StreamJob:
-    """The traces as streams, at the pace they were recorded with (times `--speed`), or at once."""
+    """The traces as streams in the order of their recording, at the pace they had then (times `--speed`), or at once."""
     from .. import trace
 
     paths = trace_files(args.traces)
@@ -28,8 +28,8 @@ def replay(lab: Lab, args: Namespace) -> StreamJob:
         raise UserMistake(f"--perfetto writes the timeline of one trace, {len(paths)} were given")
     speed = args.speed or (1.0 if lab.is_notebook else None)
     with asked():
-        streams = [trace.replay(path) for path in paths]
-    title = f"replay of {paths[0].name}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        streams = sorted((trace.replay(path) for path in paths), key=lambda s: (s.header.created, s.header.block or 0))
+    title = f"replay of {paths[0].name}" if len(paths) == 1 else f"replay of {len(paths)} recorded runs"
     paced_streams = [paced(stream, speed) for stream in streams] if speed else streams
     return StreamJob("replay", title, paced_streams, lambda runs: _conclude(runs, timeline))
 

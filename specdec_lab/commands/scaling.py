@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .bench_rows import keeper
 from .files import writable_folder
 from .lab import Lab
 from .mistakes import UserMistake, asked
@@ -58,12 +58,10 @@ def _saved(args: Namespace) -> Scaling:
 
 def _measured(lab: Lab, args: Namespace) -> Scaling:
     from ..bench.scaling import BATCHES, CONFIGS, LENGTHS, WIDTHS, Protocol, measure
-    from ..tune import find_database
-    from ..tune.db import append_lines
     from ..workload import Sampling
 
     lab.check_idle("bench")
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, FILE)
     engine = lab.engine_for(args)
     with asked():
         usual = Protocol()
@@ -75,6 +73,5 @@ def _measured(lab: Lab, args: Namespace) -> Scaling:
             ),
             protocol=Protocol(args.blocks or usual.blocks, args.block_seconds or usual.block_s), say=Screen(lab.err).say,
         )  # fmt: skip
-    if folder is not None:  # before anything is drawn: a measurement costs minutes
-        append_lines(folder / FILE, [json.dumps(found.to_dict(), sort_keys=True, allow_nan=False)])
+    keep([found.to_dict()])  # before anything is drawn: a measurement costs minutes
     return found

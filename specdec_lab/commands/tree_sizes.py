@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bench.tables import aligned
 from .files import writable_file
 from .outcome import Outcome
 
@@ -28,11 +29,10 @@ class TreeSizes:
 
     def __str__(self) -> str:
         from ..view.tree_sizes import sizes_table
-        from .policies import columns
 
         if not self.sizes:
             return "no cell of this policy was decided, and none was probed: nothing to draw. `tune` with more budget"
-        return "\n".join([self.where, "", *columns(sizes_table(self.sizes))])
+        return "\n".join([self.where, "", *aligned(sizes_table(self.sizes))])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         from ..view.figures import figure_bundle

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 
-from .files import writable_folder
+from .bench_rows import keeper
 from .lab import Lab
 from .mistakes import asked
 from .outcome import OK, Outcome
@@ -18,19 +17,16 @@ def trees(lab: Lab, args: Namespace) -> Outcome:
     """Measure; `--save` appends the row to the database's bench folder."""
     from ..bench.tree_yield import DRAFTINGS, measure_yields
     from ..trees import Drafting
-    from ..tune import find_database
-    from ..tune.db import append_lines
 
     lab.check_idle("bench")
     with asked():
         draftings = tuple(map(Drafting.parse, args.drafts.split(","))) if args.drafts else DRAFTINGS
-    folder = writable_folder(find_database(args.db).path / "bench") if args.save else None
+    keep = keeper(args, FILE)
     engine = lab.engine_for(args)
     with asked():
         report = measure_yields(
             engine, draftings, args.lengths, args.temperatures, batch=args.batch, sizes=args.sizes, workload=args.workload,
             new_tokens=args.new_tokens, seed=args.seed, verifier=args.verifier, say=Screen(lab.err).say,
         )
-    if folder is not None:
-        append_lines(folder / FILE, [json.dumps(report.to_dict(), sort_keys=True, allow_nan=False)])
+    keep([report.to_dict()])
     return Outcome(report, report.markdown if args.markdown else str(report), report.to_dict(), OK)

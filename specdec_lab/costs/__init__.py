@@ -30,15 +30,20 @@ from .model import (
     node_pays,
     what_if,
 )
+from .planning import MACHINES, Draft, LimitRow, Machine, half_length, half_lengths, limit_row, limit_rows
 from .shapes import SHAPES, ModelShape
 
 __all__ = [
     "AcceptanceFit",
     "CostModel",
     "CostSample",
+    "Draft",
     "FittedCost",
     "ForwardFloor",
+    "LimitRow",
     "Limits",
+    "MACHINES",
+    "Machine",
     "MemoryBound",
     "ModelShape",
     "Prediction",
@@ -49,10 +54,14 @@ __all__ = [
     "fit_acceptance",
     "fit_cost",
     "forward_floor",
+    "half_length",
+    "half_lengths",
     "ideal_speedup",
     "inflection_length",
     "kv_half_length",
     "largest_batch",
+    "limit_row",
+    "limit_rows",
     "longer_chain_pays",
     "memory_bound",
     "node_pays",

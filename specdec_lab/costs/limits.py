@@ -130,11 +130,13 @@ def ideal_speedup(
 
 def largest_batch(
     shape: ModelShape, length: int, memory_bytes: float, *, slack_tokens: int = 64, reserve_bytes: float = 6 * 2**30,
-    element_bytes: int = 2,
+    element_bytes: int = 2, drafter: ModelShape | None = None,
 ) -> int:  # fmt: skip
-    """Sequences of `length` tokens and some slack whose KV fits beside all parameters and a reserve."""
-    free = memory_bytes - shape.params * element_bytes - reserve_bytes
-    return max(0, int(free // ((length + slack_tokens) * shape.kv_bytes_per_token(element_bytes))))
+    """Sequences of `length` tokens and some slack whose KV fits beside all parameters and a reserve; a second network's too."""
+    models = (shape,) if drafter is None else (shape, drafter)
+    free = memory_bytes - reserve_bytes - sum(model.params * element_bytes for model in models)
+    row = (length + slack_tokens) * sum(model.kv_bytes_per_token(element_bytes) for model in models)
+    return max(0, int(free // row))
 
 
 @dataclass(frozen=True, slots=True)

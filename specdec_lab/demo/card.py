@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import machine
+
 NOT_YET = "*Not measured yet.*"
 PLACE = re.compile(r"(<!-- filled: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 SOURCES = {"text": "code and manual", "revision": "revisions"}
@@ -63,7 +65,7 @@ def _training(training: dict[str, Any]) -> str:
         [
             name, f"{run['tokens']:,}", f"{run['seconds'] / 60:.0f} min", run["precision"],
             f"{run['device']}, {run['threads']} threads", str(run["seed"]), run["versions"]["torch"],
-            run["commit"][:12],
+            machine.short(run["commit"]),
         ]
         for name, run in training.items()
     ]

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .. import machine
 from . import corpus
+from .training import descend, init_weights, learning_rate_factor, llama_config, make_optimizers, save_rounded
 
 HOME = Path(__file__).parent
 END_OF_TEXT = "<|eot|>"
@@ -58,27 +59,8 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def make_config(shape: str) -> Any:
-    """The Llama configuration of "target" or "draft"; float32 is written so that bf16 files load as fp32."""
-    sizes: dict[str, Any] = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        num_key_value_heads=sizes["num_attention_heads"], bos_token_id=0, eos_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **sizes,
-    )
-    config.dtype = "float32"
-    return config
-
-
-def init_weights(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Embeddings N(0, 0.02), matrices N(0, 1/fan_in), projections back into the residual stream zero."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "embed" in name:
-                weight.normal_(0, 0.02, generator=generator)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.zero_()
-            elif weight.ndim == 2:
-                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+    """The Llama configuration of "target" or "draft"."""
+    return llama_config(VOCABULARY, CONTEXT, 1e5, SHAPES[shape])
 
 
 class Crops:
@@ -124,25 +106,6 @@ class Crops:
         rows = [self.crop(context + 1, revision_share) for _ in range(BATCH_TOKENS // context)]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
-
-
-def learning_rate_factor(done: float) -> float:
-    """Warm-up is by steps (see train); constant to half of the budget, then linear to zero. done in 0..1."""
-    return min(1.0, 2 * (1 - done))
-
-
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the block matrices, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
 
 
 def logits_of(model: LlamaForCausalLM, inputs: torch.Tensor, bf16: bool) -> torch.Tensor:
@@ -220,17 +183,9 @@ def train(
     started = time.perf_counter()
     for step in range(first, steps):
         done = step / steps
-        factor = learning_rate_factor(done) * min(1.0, (step + 1) / 20)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
         inputs, targets = crops.batch(*plan.at(done))
         value = loss(inputs, targets, done, bf16)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(model, optimizers, value, learning_rate_factor(done) * min(1.0, (step + 1) / 20))
         losses.append(value.item())
         if (step + 1) % 50 == 0:
             rate = (step + 1 - first) * BATCH_TOKENS / (time.perf_counter() - started)
@@ -242,18 +197,9 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write bf16 safetensors with a config that loads as float32, and the tokenizer."""
-    config = model.config
-    rounded: Any = LlamaForCausalLM(config)
-    rounded = rounded.to(torch.bfloat16)
-    rounded.load_state_dict(model.state_dict())
-    rounded.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    written["dtype"] = "float32"  # transformers 5 loads in the stored dtype; bf16 logits flip 1.4% of the arg-maxes
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    """Write the model as save_rounded does, and the tokenizer."""
+    save_rounded(model, folder)
     tokenizer.save_pretrained(folder)
-    for name in ("generation_config.json",):
-        (folder / name).unlink(missing_ok=True)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -274,8 +220,7 @@ def _prepare(arguments: argparse.Namespace) -> list[corpus.Document]:
     return documents
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the two trainings."""
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_demo", description=__doc__)
     parser.add_argument("which", choices=("target", "draft"))
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training budget in tokens")
@@ -284,7 +229,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--manual", help="folder of the manual's reST sources")
     parser.add_argument("--new-manifest", action="store_true", help="accept the text of this machine")
     parser.add_argument("--checkpoint", type=Path, help="save here every 50 steps, and resume from it")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the two trainings."""
+    arguments = _arguments(argv)
     documents, started_at = _prepare(arguments), machine.commit()
     training_text = [d for d in documents if d.split == "train"]
     if arguments.which == "target":

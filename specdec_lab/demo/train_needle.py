@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from .. import machine
 from ..workload import needle_text as language
-from .train_demo import init_weights, learning_rate_factor, make_optimizers
+from .training import descend, init_weights, learning_rate_factor, llama_config, make_optimizers, save_rounded
 
 HOME = Path(__file__).parent / "needle"
 CONTEXT = 2112  # prompts of 2048 tokens and a value after them
@@ -48,14 +48,8 @@ PHASES = (
 
 
 def make_config() -> Any:
-    """The Llama configuration; float32 is written so that bf16 files load as fp32."""
-    config = LlamaConfig(
-        vocab_size=language.VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        num_key_value_heads=SHAPE["num_attention_heads"], bos_token_id=0, eos_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **SHAPE,
-    )
-    config.dtype = "float32"
-    return config
+    """The Llama configuration."""
+    return llama_config(language.VOCABULARY, CONTEXT, 1e6, SHAPE)
 
 
 def draw_text(length: int, rng: random.Random) -> tuple[list[int], list[float]]:
@@ -117,16 +111,8 @@ def train(model: LlamaForCausalLM, budget: int, seed: int, report: Callable[[str
     rng, optimizers, losses, plan = random.Random(seed), make_optimizers(model), [], steps_of(budget, phases)
     started = time.perf_counter()
     for step, phase in enumerate(plan):
-        factor = min((step + 1) / WARM_UP_STEPS, learning_rate_factor(step / len(plan)))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
         loss, said = weighted_loss(model, *draw_batch(phase, rng))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(model, optimizers, loss, min((step + 1) / WARM_UP_STEPS, learning_rate_factor(step / len(plan))))
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             report(f"step {step + 1}/{len(plan)} length {phase.length} loss {np.mean(losses[-50:]):.3f} "
@@ -143,16 +129,8 @@ def accuracy(model: LlamaForCausalLM, length: int, num_texts: int, seed: int) ->
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write bf16 safetensors with a config that loads as float32; the model takes the rounded weights too."""
-    rounded: Any = LlamaForCausalLM(model.config)
-    rounded = rounded.to(torch.bfloat16)
-    rounded.load_state_dict(model.state_dict())
-    rounded.save_pretrained(folder)
-    model.load_state_dict(rounded.float().state_dict())
-    written = json.loads((folder / "config.json").read_text())
-    written["dtype"] = "float32"  # transformers 5 loads in the stored dtype
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    """Write the model as save_rounded does; the model takes the rounded weights too."""
+    model.load_state_dict(save_rounded(model, folder).float().state_dict())
 
 
 def main(argv: list[str] | None = None) -> int:

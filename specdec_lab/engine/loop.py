@@ -6,11 +6,10 @@ reading the architecture; what a round does is in session.py. Not known here: vi
 
 from __future__ import annotations
 
-import datetime
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 
@@ -18,7 +17,7 @@ from .. import __version__, machine
 from ..records import Cell, Identity, Run, RunHeader, SpecConfig, StepRecord, Summary
 from ..stream import Stream, record
 from ..summary import summarize
-from ..workload import Workload
+from ..workload import Sampling, Workload, make, random_context, why_not
 from .attention import AttentionBackend
 from .backends import pick
 from .cache import available_bytes, check_fits
@@ -117,6 +116,20 @@ class Engine:
         )  # fmt: skip
         return OpenSession(self, session, workload, clock)
 
+    def workload(self, kind: str, cell: Cell | str, *, max_new_tokens: int = 128, **sampling: Unpack[Sampling]) -> Workload:
+        """Prompts of an exact length for this engine's model: `engine.workload("prose", "8x4096", temperature=0.8)`.
+
+        kind  prose, code, revision, conversation (held-out text of the shipped pair), needle, or random (timing only);
+              ValueError, with the reason, for one that this model cannot read. sampling: see Workload
+        """
+        cell = cell if isinstance(cell, Cell) else Cell.parse(cell)
+        tokenizer, vocabulary = self.pair.tokenizer, self.pair.target.shape.vocab
+        if kind == "random":
+            return random_context(cell, vocabulary, max_new_tokens=max_new_tokens, **sampling)
+        if reason := why_not(kind, tokenizer, vocabulary, self.pair.name):
+            raise ValueError(reason)
+        return make(kind, cell, tokenizer, max_new_tokens=max_new_tokens, **sampling)
+
     def check_memory(self, batch: int, tokens: int) -> None:
         """CacheTooLarge, with the bytes and what fits, if the target's KV cannot hold this; nothing is allocated."""
         check_fits(self.pair.target, batch, tokens)
@@ -205,7 +218,7 @@ class Engine:
         """Everything that a number of a run needs to be believed."""
         device = self.pair.target.device
         return RunHeader(
-            run_id=secrets.token_hex(6), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            run_id=secrets.token_hex(6), created=machine.now(),
             cell=Cell(workload.batch, max(1, round(sum(map(len, workload.prompts)) / workload.batch))),
             config=_spelling(choose), workload=workload.name, target=_facts(self.pair.target, self.backend, self.rounds),
             draft=_facts(self.pair.draft, self._draft_backend, self.rounds)

@@ -268,7 +268,8 @@ class Policy:
         wins = [row.speedup for row in feasible if row.is_decided and row.config != "off" and row.speedup]
         open_cells = sum(row.state == "not_visited" for row in feasible)
         words = f"speculate in {len(wins)} of {len(feasible)} feasible cells"
-        words += f", {min(wins):.2f}x to {max(wins):.2f}x" if wins else ": plain decoding wins everywhere it was measured"
+        ends = list(dict.fromkeys(f"{speedup:.2f}x" for speedup in (min(wins), max(wins)))) if wins else []
+        words += f", {' to '.join(ends)}" if ends else ": plain decoding wins everywhere it was measured"
         return words + (f" ({open_cells} not visited)" if open_cells else "")
 
 

@@ -6,13 +6,13 @@ this process or in workers. Not known here: engine, view.
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..policy import Policy, Rules
 from ..records import Identity
 from .assemble import assemble, labels_of, refuse_forced
@@ -44,7 +44,7 @@ def tune(
     stop: Callable[[], bool] = lambda: False,
     allow_forced: bool = False,
     remeasure: bool = False,
-    now: Callable[[], str] = lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    now: Callable[[], str] = machine.now,
 ) -> Policy:
     """Search every cell of the plan within its budget, record every block, and return the policy (also in `run_dir`).
 

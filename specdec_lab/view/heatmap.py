@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+MODELLED = "modelled"
+MEASURED_TITLE = "Speed-up over plain decoding, measured"
+MEASURED_NOTE = "italic = the interval includes 1x; empty = not tuned"
+
+
 @dataclass(frozen=True, slots=True)
 class HeatCell:
     """What a policy says about one cell; `speedup` is None where nothing was measured."""
 
     cell: Cell
-    state: str  # "tuned", "composed", "infeasible", "not_visited"
+    state: str  # "tuned", "composed", "infeasible", "not_visited", "modelled"
     config: str | None = None
     speedup: float | None = None
     ci: tuple[float, float] | None = None
@@ -43,8 +48,8 @@ class HeatCell:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves 1x out."""
-        return self.ci is not None and (self.ci[0] > 1 or self.ci[1] < 1)
+        """Whether the interval leaves 1x out. What is modelled has none."""
+        return self.state == MODELLED or self.ci is not None and (self.ci[0] > 1 or self.ci[1] < 1)
 
     @property
     def text(self) -> str:
@@ -55,8 +60,8 @@ class HeatCell:
 
     @property
     def caveat(self) -> str:
-        """What a reader must know of a number that was not measured in this cell."""
-        return "" if self.state == "tuned" else f" ({self.state})"
+        """What a reader must know of a number that was not measured in this cell; a title says so of a whole picture."""
+        return "" if self.state in ("tuned", MODELLED) else f" ({self.state})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,9 @@ def speedup_heatmap(table: Iterable[HeatCell | Mapping[str, Any]], labels: Itera
     return HeatmapData(batches, lengths, tuple(tuple(found.get((b, n)) for n in lengths) for b in batches), tuple(labels))
 
 
-def heatmap_figure(data: HeatmapData, *, dark: bool = False) -> go.Figure:
+def heatmap_figure(
+    data: HeatmapData, *, dark: bool = False, title: str = MEASURED_TITLE, note: str = MEASURED_NOTE
+) -> go.Figure:
     """Blue is faster than plain decoding, red slower; italic where the interval includes 1x."""
     import plotly.graph_objects as go
 
@@ -109,9 +116,8 @@ def heatmap_figure(data: HeatmapData, *, dark: bool = False) -> go.Figure:
     # Positions, not numbers: a category named "1024" would be taken for the coordinate 1024.
     figure.update_xaxes(tickvals=list(range(len(data.lengths))), ticktext=[f"{n:,}" for n in data.lengths], showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(data.batches))), ticktext=[str(b) for b in data.batches], showgrid=False)
-    heading = titled("Speed-up over plain decoding, measured", data.labels)
-    title = f"{heading}<br><sup>italic = the interval includes 1x; empty = not tuned</sup>"
-    figure = dress(figure, title, "context tokens", "batch", dark)
+    words = f"{titled(title, data.labels)}<br><sup>{note}</sup>"
+    figure = dress(figure, words, "context tokens", "batch", dark)
     return figure.update_layout(hovermode="closest")
 
 

@@ -130,7 +130,7 @@ def _steady_note(policy: Mapping[str, Any]) -> str:
     """What the sentinel said of the machine, cell by cell where it said anything."""
     found = [(row["cell"], row["sentinel"]) for row in policy.get("table", ()) if row.get("sentinel")]
     items = [
-        f"<li>{escape(cell)}: plain decoding repeated {s["repeats"]} times"
+        f"<li>{escape(cell)}: plain decoding repeated {s['repeats']} times"
         + (f" varied by {s['cv']:.1%}" if "cv" in s else "")
         + (f", the machine drifted by {s['drift']:.1%}" if "drift" in s else "")
         + f"; nothing below {max(s['least_speedup'], policy['lookup']['min_speedup']):.3f}x is claimed</li>"

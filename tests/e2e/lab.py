@@ -131,10 +131,22 @@ class Notebook:
         raise AssertionError(f"cell {i} was never taken up; its prompt stayed {before!r}")
 
     def run_cell(self, i: int, timeout_ms: int = PATIENCE_MS) -> str:
-        """Run a cell, wait for its end, return the text of its output."""
+        """Run a cell, wait for its end, return the text of its output as far as it is drawn: await_output waits for words."""
         self.start_cell(i)
         self._await_prompt(i, "/[0-9]/.test(text)", timeout_ms)
         return self.output_text(i)
+
+    def await_output(self, i: int, words: str) -> str:
+        """Wait until the output of a cell shows these words; JupyterLab draws it after the prompt says that the cell ended."""
+        script = """([i, words]) => {
+            const outputs = document.querySelectorAll('.jp-CodeCell')[i].querySelectorAll('.jp-OutputArea-output');
+            return [...outputs].map((output) => output.innerText).join('\\n').includes(words);
+        }"""
+        with contextlib.suppress(PatienceLost):
+            self.page.wait_for_function(script, arg=[i, words], timeout=PATIENCE_MS)
+        shown = self.output_text(i)
+        assert words in shown, f"cell {i} shows {shown!r}"
+        return shown
 
     def _prompt(self, i: int) -> str:
         return self.page.locator(f".jp-CodeCell >> nth={i} >> .jp-InputPrompt").inner_text()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     OpenNotebook = Callable[[Sequence[str]], Notebook]
 
+RECORDED = Path(__file__).parents[2] / "tuning_db" / "AMD_EPYC_2t" / "traces"  # of `specdec-lab profile`, shipped
 IMPORTS = "import synthetic, threading, ipywidgets\nfrom specdec_lab.view import LiveRun"
 PROFILE = """live = LiveRun(
     synthetic.profile(["8x4096", "1x1024"], ["off", "self:4+60/chain3"], blocks={blocks}, count={count}, pace_s={pace}),
@@ -98,7 +99,8 @@ def test_stop_and_pause_reach_a_run_in_the_background(notebook: OpenNotebook) ->
     book.await_view(f"Number(d.steps) > {frozen} + 20")
     book.press("Stop")
     book.await_view("d.state === 'stopped'")
-    assert "stopped False True" in book.run_cell(2)
+    book.run_cell(2)
+    book.await_output(2, "stopped False True")
     steps = book.view()["steps"]
     assert book.ask("live.num_seen") == steps  # the view shows all of what was recorded
 
@@ -115,7 +117,7 @@ def test_the_stop_button_works_while_another_cell_keeps_the_kernel_busy(notebook
         book.page.get_by_text("a busy cell can hold buttons up").wait_for()
         return
     book.await_view("d.state === 'stopped'", timeout_ms=10_000)
-    book.page.wait_for_function("() => document.querySelectorAll('.jp-CodeCell')[2].innerText.includes('True stopped')")
+    book.await_output(2, "True stopped")
 
 
 def test_an_interrupt_of_a_waiting_cell_stops_the_run_and_keeps_its_data(notebook: OpenNotebook) -> None:
@@ -125,7 +127,7 @@ def test_an_interrupt_of_a_waiting_cell_stops_the_run_and_keeps_its_data(noteboo
     book.start_cell(2)
     book.await_view("Number(d.steps) > 20")
     book.page.locator(".jp-NotebookPanel-toolbar [data-jp-item-name='interrupt'] jp-button").click()
-    book.page.wait_for_function("() => document.querySelectorAll('.jp-CodeCell')[2].innerText.includes('True stopped')")
+    book.await_output(2, "True stopped")
 
 
 def test_running_the_cell_again_leaves_one_run_one_view_and_no_leak(notebook: OpenNotebook) -> None:
@@ -134,7 +136,8 @@ def test_running_the_cell_again_leaves_one_run_one_view_and_no_leak(notebook: Op
     for _ in range(4):
         book.run_cell(1)
         book.await_view("Number(d.steps) > 5 && d.state === 'running'")
-    assert "2 threads 1 widgets" in book.run_cell(2)
+    book.run_cell(2)
+    book.await_output(2, "2 threads 1 widgets")
     assert book.page.locator(".specdec").count() == 1
     book.press("Stop")
     book.await_view("d.state === 'stopped'")
@@ -162,6 +165,23 @@ def test_dark_and_narrow_pages_are_followed(notebook: OpenNotebook, artefacts: P
     book.await_view("d.theme === 'light'")
     book.page.wait_for_function("() => document.querySelector('.specdec canvas').clientWidth > 1000")
     book.page.locator(".specdec").screenshot(path=artefacts / "view-light.png", animations="disabled")
+
+
+def test_a_recorded_run_is_shown_again_as_it_happened(notebook: OpenNotebook, artefacts: Path) -> None:
+    """The pictures of the README are taken here: `make pictures`."""
+    book = notebook(["%load_ext specdec_lab", f"recorded = %specdec replay {RECORDED} --speed 20\nrecorded"])
+    book.run_cell(0)
+    book.run_cell(1)
+    book.await_view("d.state === 'finished' && Number(d.steps) > 100")
+    shown = book.page.locator(".specdec").inner_text()
+    for words in ("8x4096", "1x1024", "self:4+252/chain4", "vs plain decoding"):
+        assert words in shown
+    assert "forced" not in shown, "a recording of what was measured"
+    for theme, name in (("JupyterLab Light", "light"), ("JupyterLab Dark", "dark")):
+        book.set_theme(theme)
+        book.await_view(f"d.theme === '{name}'")
+        assert book.count_pixels(KV.colour) > 2000
+        book.page.locator(".specdec").screenshot(path=artefacts / f"recorded-{name}.png", animations="disabled")
 
 
 def test_after_a_reload_the_view_is_back_and_goes_on(notebook: OpenNotebook) -> None:
@@ -224,9 +244,9 @@ def test_a_forced_form_shows_tables_and_no_widget(notebook: OpenNotebook, form: 
     book = notebook([f"%env SPECDEC_DISPLAY={form}\n{IMPORTS}", SHORT + "\n", "live.wait(30)\nlive"])
     book.run_cell(0)
     book.run_cell(1)
-    text = book.run_cell(2)
-    assert "vs plain decoding" in text
-    assert "n=3" in text
+    book.run_cell(2)
+    book.await_output(2, "vs plain decoding")
+    book.await_output(2, "n=3")
     assert book.page.locator(".specdec").count() == 0
     assert (book.page.locator(".jp-CodeCell >> nth=2 >> table").count() > 0) == (form == "static")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import os
 import secrets
@@ -11,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ... import __version__, machine
+from ... import machine
 from ...summary import PairedRatio
+from ..provenance import provenance
+from ..tables import aligned, github
 from .ours import GROUP, PLAIN
 from .rows import SCHEMA, CellResult, Row
 
@@ -51,12 +51,12 @@ class RaceReport:
     def markdown(self) -> str:
         """The same for a README: one table, what was not timed, and on what it ran."""
         head = ("cell", *HEAD)
-        rule = ["---" if name in ("cell", "peer", "note") else "--:" for name in head]
+        numbers = [i for i, name in enumerate(head) if name not in ("cell", "peer", "note")]
         rows = [(str(result.cell), *cells(row, result)) for result in self.results for row in result.rows if row.is_timed]
-        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
         labels = [f"{r.cell}: {', '.join(r.rows[0].labels)}" for r in self.results if r.rows and r.rows[0].labels]
         others = [f"- {line}" for line in (*labels, *_not_timed(self.results), *_notices(self.results))]
-        return "\n".join([*lines, "", *others, *([""] if others else []), LEGEND, "", about(self.header)]) + "\n"
+        table = github([head, *rows], numbers)
+        return "\n".join([*table, "", *others, *([""] if others else []), LEGEND, "", about(self.header)]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -70,11 +70,8 @@ def header_of(engine: Engine, *, workload: str, new_tokens: int, blocks: int, se
     """What every row of a race depends on."""
     identity, pair = engine.identity(), engine.pair
     return {
-        "run": secrets.token_hex(6), "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": identity.device, "base": dict(identity.base), "model": pair.target.name,
-        "draft": pair.draft.name if pair.draft else None,
-        "threads": identity.base["threads"], "machine": machine.facts(),
-        "versions": {"specdec_lab": __version__, **machine.versions()}, "commit": machine.commit(),
+        **provenance(), "run": secrets.token_hex(6), "device": identity.device, "base": dict(identity.base),
+        "model": pair.target.name, "draft": pair.draft.name if pair.draft else None, "threads": identity.base["threads"],
         "ceilings": {
             "read_bytes_per_s": engine.ceilings.read_bytes_per_s, "gemm_flops_per_s": engine.ceilings.gemm_flops_per_s,
         },
@@ -83,14 +80,14 @@ def header_of(engine: Engine, *, workload: str, new_tokens: int, blocks: int, se
     }  # fmt: skip
 
 
-def json_lines(header: dict[str, Any], result: CellResult) -> list[str]:
-    """One line per peer of a finished cell; a cell that could not run is a line too."""
+def rows_to_save(header: dict[str, Any], result: CellResult) -> list[dict[str, Any]]:
+    """One row per peer of a finished cell, whole in itself; a cell that could not run is a row too."""
     if result.skipped is not None:
         rows: list[dict[str, Any]] = [{"cell": str(result.cell), "peer": GROUP, "state": "skipped", "reason": result.skipped}]
     else:
         shared = {"best_of_ours": result.best, "notices": list(result.notices)}
         rows = [{**row.to_dict(), **shared} for row in result.rows]
-    return [json.dumps({"schema": SCHEMA, **header, **row}, sort_keys=True, allow_nan=False) for row in rows]
+    return [{"schema": SCHEMA, **header, **row} for row in rows]
 
 
 def about(header: dict[str, Any]) -> str:
@@ -99,8 +96,7 @@ def about(header: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers") if name in known)
     threads = "1 thread" if header["threads"] == 1 else f"{header['threads']} threads"
     text = f"{header['new_tokens']} greedy tokens after {header['workload']} prompts, {header['blocks']} blocks"
-    commit, dash, state = header["commit"].partition("-")
-    return f"{header['device']}, {threads}, {versions}, commit {commit[:12]}{dash}{state}, {header['created']}; {text}"
+    return f"{header['device']}, {threads}, {versions}, commit {machine.short(header['commit'])}, {header['created']}; {text}"
 
 
 def cells(row: Row, result: CellResult) -> tuple[str, ...]:
@@ -137,7 +133,7 @@ def _cell_lines(result: CellResult) -> list[str]:
         return [f"{result.cell}  skipped: {result.skipped}"]
     labels = f"  [{', '.join(result.rows[0].labels)}]" if result.rows[0].labels else ""
     timed = [cells(row, result) for row in result.rows if row.is_timed]
-    table = columns([HEAD, *timed]) if timed else []
+    table = aligned([HEAD, *timed]) if timed else []
     return [f"{result.cell}{labels}", *(f"  {line}" for line in table), *(f"  {line}" for line in _not_timed((result,), ""))]
 
 
@@ -153,9 +149,3 @@ def _not_timed(results: Sequence[CellResult], lead: str = "{cell} ") -> Iterable
 
 def _notices(results: Sequence[CellResult]) -> list[str]:
     return [notice for result in results for notice in result.notices]
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of texts as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

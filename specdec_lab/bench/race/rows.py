@@ -5,14 +5,14 @@ Knows records and the summary's arithmetic only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...records import Cell, Spread
-from ...summary import PairedRatio
+from ...summary import PairedRatio, spread
 
 SCHEMA = "specdec_lab.race/1"
 ETA_ABOVE = 1.03  # share of the limit from which on the data cannot have come from memory
@@ -126,9 +126,3 @@ class CellResult:
             "cell": str(self.cell), "skipped": self.skipped, "best_of_ours": self.best, "notices": list(self.notices),
             "rows": [row.to_dict() for row in self.rows],
         }  # fmt: skip
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median with 5th and 95th percentile."""
-    p05, median, p95 = np.percentile(np.asarray(values, dtype=np.float64), (5, 50, 95))
-    return Spread(float(median), float(p05), float(p95), len(values))

@@ -8,17 +8,16 @@ is used. Not known here: what is concluded from the times.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ... import sensors
-from ...records import Cell, Run, RunHeader, SpecConfig, Spread, StepRecord
+from ... import machine, sensors
+from ...records import Cell, Run, RunHeader, SpecConfig, StepRecord
 from ...stream import record
-from ...summary import Comparison, acceptance, pool, steady_rounds
+from ...summary import Comparison, acceptance, pool, spread, steady_rounds
 from ...workload import Sampling, Workload
 from ..judges import OFF
 from ..profile import PROMPTS_READ, Profile, check_configs
@@ -219,10 +218,10 @@ def _point(runs: Sequence[Run], comparison: Comparison) -> Point | None:
     config = SpecConfig.parse(comparison.config)
     blocks = sorted({run.header.block for run in runs}, key=lambda block: -1 if block is None else block)
     return Point(
-        cell=comparison.cell, config=comparison.config, step_s=_spread([s.wall_s for s in rounds]), verify=verify,
-        draft_s=None if config.is_off else _spread([s.draft_s / config.depth for s in rounds]),
+        cell=comparison.cell, config=comparison.config, step_s=spread([s.wall_s for s in rounds]), verify=verify,
+        draft_s=None if config.is_off else spread([s.draft_s / config.depth for s in rounds]),
         draft_kv_bytes=0.0 if config.is_off else _mean([s.draft_kv_read_bytes / config.depth for s in rounds]),
-        overhead_s=_spread([s.accept_s + s.commit_s + s.host_s for s in rounds]),
+        overhead_s=spread([s.accept_s + s.commit_s + s.host_s for s in rounds]),
         context_tokens=_mean([_mean(s.context_tokens) for s in rounds]),
         tokens_per_round=_mean([s.num_emitted / s.batch for s in rounds]),
         acceptance_histogram=acceptance(s for run in runs for s in run.rounds).histogram, speedup=comparison.speedup,
@@ -237,15 +236,10 @@ def _verify_times(rounds: Sequence[StepRecord]) -> tuple[VerifyTime, ...]:
     for step in rounds:
         by_width.setdefault(step.query_tokens, []).append(step)
     return tuple(
-        VerifyTime(width, _spread([s.verify_s for s in steps]), _mean([s.kv_read_bytes for s in steps]))
+        VerifyTime(width, spread([s.verify_s for s in steps]), _mean([s.kv_read_bytes for s in steps]))
         for width, steps in sorted(by_width.items())
         if len(steps) >= MIN_ROUNDS
     )
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    p05, median, p95 = (float(value) for value in np.percentile(np.asarray(values, dtype=np.float64), (5, 50, 95)))
-    return Spread(median, p05, p95, len(values))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -261,7 +255,7 @@ def _header(run: RunHeader, engine: Engine, protocol: Protocol, load: tuple[floa
     """What the numbers depend on, as plain data."""
     pair = engine.pair
     return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": run.machine["device"],
+        "created": machine.now(), "device": run.machine["device"],
         "machine": dict(run.machine), "versions": dict(run.versions), "commit": run.commit, "backend": run.backend,
         "workload": run.workload, "temperature": run.temperature, "verifier": run.verifier, "seed": run.seed,
         "target": {**run.target, "shape": asdict(pair.target.shape)},

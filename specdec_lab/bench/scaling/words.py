@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...costs import FittedCost
 from ...view.tables import quantity, speedup_text
+from ..tables import aligned, github, widths
 from .analysis import Analysis, Flattening, SpecRow
 from .samples import IN_CACHE, Point, Scaling
 
@@ -21,26 +22,20 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     num_text: int = 1
 
-    def is_text(self, column: int) -> bool:
-        """Whether a column is aligned left."""
-        return column < self.num_text or self.heads[column] == "note"
+    @property
+    def numbers(self) -> list[int]:
+        """The columns that are aligned right."""
+        return [i for i, head in enumerate(self.heads) if i >= self.num_text and head != "note"]
 
     def text(self) -> str:
         """For a terminal."""
-        widths = [max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True)]
-        lines = [self._line(self.heads, widths), "  ".join("-" * width for width in widths)]
-        return "\n".join([self.title, *lines, *(self._line(row, widths) for row in self.rows)])
-
-    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        padded = [c.ljust(w) if self.is_text(i) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(padded).rstrip()
+        head, *body = aligned([self.heads, *self.rows], self.numbers)
+        rule = "  ".join("-" * width for width in widths([self.heads, *self.rows]))
+        return "\n".join([self.title, head, rule, *body])
 
     def markdown(self) -> str:
         """For a README."""
-        rule = ["---" if self.is_text(i) else "--:" for i in range(len(self.heads))]
-        lines = ("| " + " | ".join(cells) + " |" for cells in (self.heads, *self.rows))
-        head, *body = lines
-        return "\n".join([f"**{self.title}**", "", head, f"|{'|'.join(rule)}|", *body])
+        return "\n".join([f"**{self.title}**", "", *github([self.heads, *self.rows], self.numbers)])
 
 
 def text(analysis: Analysis) -> str:

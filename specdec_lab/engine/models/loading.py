@@ -127,17 +127,8 @@ def _load_one(
         return made, None, _eos(config)
     if not isinstance(model, str | Path):
         return _from_memory(model, device, dtype, runner, kv_dtype, placement, moves_sinks)
-    from transformers import AutoConfig, AutoTokenizer
-
     where = str(model)
-    try:
-        config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        kind = "folder" if Path(where).exists() else "path or hub name"
-        raise ModelNotFound(
-            f"no model at the {kind} {where!r} ({str(error).strip().splitlines()[0]}). Give a folder with config.json and "
-            "safetensors, a hub name, or 'demo'."
-        ) from None
+    config = _config_at(where)
     chosen = _dtype(dtype, config, device)
     reason = fast_llama.why_not(config)
     if runner == "fast" and reason:
@@ -149,12 +140,32 @@ def _load_one(
         loaded = HFRunner(_hf_model(where, chosen, device), name=name, kv_dtype=kv_dtype, moves_sinks=moves_sinks)
     else:
         loaded = _fast(config, read_weights(where), name, device, chosen, kv_dtype, placement, moves_sinks)
+    return loaded, _tokenizer_at(where), _eos(config)
+
+
+def _config_at(where: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(where).exists() else "path or hub name"
+        raise ModelNotFound(
+            f"no model at the {kind} {where!r} ({str(error).strip().splitlines()[0]}). Give a folder with config.json and "
+            "safetensors, a hub name, or 'demo'."
+        ) from None
+
+
+def _tokenizer_at(where: str) -> Any | None:
+    """A model without one takes token lists as prompts."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
     except (OSError, ValueError):
-        tokenizer = None  # a model without tokenizer takes token lists as prompts
-    return loaded, tokenizer, _eos(config)
+        return None
+    tokenizer.model_max_length = 1 << 40  # the engine checks lengths itself, and says more
+    return tokenizer
 
 
 def _from_memory(
