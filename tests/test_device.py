@@ -19,13 +19,13 @@ from specdec_kernels.sample_rows.reference import Drawn
 from specdec_lab.engine import attention, tree_layout
 from specdec_lab.engine.cache import CacheTooLarge
 from specdec_lab.engine.clocks import Phase, PhaseClock
-from specdec_lab.engine.device import graphs, readings
+from specdec_lab.engine.device import flights, graphs, readings
 from specdec_lab.engine.device import session as device_session
 from specdec_lab.engine.device.deciding import TorchDeciding
 from specdec_lab.engine.device.forward import Net
 from specdec_lab.engine.device.kernel_deciding import KernelDeciding, RoundKernels
 from specdec_lab.engine.device.ops import ReferenceOps, TritonOps
-from specdec_lab.engine.device.plan import check_memory, plan
+from specdec_lab.engine.device.plan import check_memory, list_bytes, plan
 from specdec_lab.engine.device.program import Program
 from specdec_lab.engine.device.readings import SyncedNow
 from specdec_lab.engine.device.round import Stage, play
@@ -221,8 +221,8 @@ def to_meta(value):
 class Timeless(ReferenceOps):
     """Stamps are the only thing that a host writes, and only where it does the work."""
 
-    def plan(self, feed, base, kv, heads, window, stamps):
-        return super().plan(feed, base, kv, heads, window, None)
+    def plan(self, feed, base, kv, heads, window, stamps, lists=None):
+        return super().plan(feed, base, kv, heads, window, None, lists)
 
     def stamp(self, table, number, column):
         pass
@@ -261,11 +261,13 @@ def no_kernels():
         accept_tree=lambda tokens, children, *more: Accepted.empty(
             tokens.shape[0], more[-1], children.shape[1], tokens.device),
         draw_residual=lambda target, *_: Drawn.empty(target.shape[0], device=target.device),
+        ngram_match=lambda ids, lengths, sizes, depth, work: (ids.new_empty(ids.shape[0], depth), ids.new_empty(ids.shape[0])),
     )  # fmt: skip
 
 
 class NoKernels(TritonOps):
-    def plan(self, feed, base, kv, heads, window, stamps):
+    def plan(self, feed, base, kv, heads, window, stamps, lists=None):
+        assert lists is None or lists.device.type == "meta"
         assert {feed.words.device, base.device, kv.device} == {torch.device("meta")}
         assert window is None or window.device.type == "meta"
         return feed
@@ -304,7 +306,7 @@ def test_results_are_read_once_per_flight(device, monkeypatch):
     monkeypatch.setattr(readings.HostPost, "send", send)
     run = sd.record(device.steps(workload((9, 20), 64, stop_at_eos=False), "off"))
     assert len(run.rounds) == 64
-    assert len(sent) == len(opened_letters) == 64 // device_session.ROUNDS_PER_READ
+    assert len(sent) == len(opened_letters) == 64 // flights.ROUNDS_PER_READ
 
 
 def test_without_an_end_token_no_round_is_played_in_vain(device, monkeypatch):
@@ -378,6 +380,21 @@ def test_rounds_are_replays_of_one_graph_whatever_window_or_length(captured, hos
     assert engine.identity().base["graphs"] is True
 
 
+def test_lists_are_values_of_a_graph_and_only_their_budget_is_a_key(captured, host):
+    engine, cuda = captured
+    asked = workload((9, 40, 17), 24, stop_at_eos=False)
+    opened = engine.open(asked)
+    for config in ("self:snapkv8+4/chain3", "self:snapkv8+3r5/chain3", "self:snapkv8+9/chain3"):
+        run, expected = sd.record(opened.steps(config)), sd.record(host.steps(asked, config))
+        assert [step.tokens for step in run.rounds] == [step.tokens for step in expected.rounds]
+    assert len(cuda.graphs) == 1
+    others = (2, "self:snapkv7+4/chain3"), (3, "self:4+8/chain3"), (4, "ngram/chain3"), (4, "self:4+7/chain3")
+    for graphs_made, config in others:
+        run, expected = sd.record(opened.steps(config)), sd.record(host.steps(asked, config))
+        assert [step.tokens for step in run.rounds] == [step.tokens for step in expected.rounds]
+        assert len(cuda.graphs) == graphs_made, config
+
+
 def test_parts_of_a_round_sum_to_its_wall_time_exactly(pair):
     ticks = iter(range(0, 10**9, 128))
     stage, program = stage_of(pair, GREEDY, ops=ReferenceOps(lambda: next(ticks))), Program.of(
@@ -440,6 +457,8 @@ def test_memory_is_planned_before_it_is_allocated_and_what_fits_is_named(pair):
     made = plan(pair, 8, 2000, 8)
     assert made.target_kv == pair.target.new_cache(8, 2000).kv.nbytes
     assert made.draft_kv == pair.draft.new_cache(8, 2000).kv.nbytes
+    assert made.lists == 3 * list_bytes(pair.target, 8, 2048)
+    assert made.total == sum(int(part.rsplit(" ", 1)[1].replace(",", "")) for part in str(made).split(", "))
     assert check_memory(pair, 8, 2000, 8, made.total) == made
     assert check_memory(pair, 8, 2000, 8, None) == made
     with pytest.raises(CacheTooLarge, match=r"8 sequences x 2000 tokens need .*target kv .* 5 sequences fit") as error:

@@ -71,7 +71,10 @@ def launches(config, law, monkeypatch):
         processor = Processor(law.get("temperature", 0.0))
         noise = Noise(3, to_meta(torch.arange(3)))
         deciding = KernelDeciding(processor, law.get("verifier", "rejection"), noise, seed, ops.kernels)
-        play(Stage(state, *nets, ops, deciding), Program.of(SpecConfig.parse(config), torch.device("meta")))
+        asked, kv = SpecConfig.parse(config), nets[0].kv
+        program = Program.of(asked, torch.device("meta"))
+        lists = torch.zeros(kv.shape[0], 3, kv.shape[3], max(program.budget, 1), dtype=torch.int32)
+        play(Stage(state, *nets, ops, deciding, lists={program.budget: to_meta(lists)}), program)
     return found
 
 
@@ -80,6 +83,7 @@ ROUNDS = [
     ("model:4+8/3,2", {"temperature": 0.8}),
     ("model:4+8/chain2", {}), ("self:4+8/chain3", {"temperature": 0.8}), ("self:4+8/3,2,1", {"temperature": 0.8}),
     ("self:4+8/chain2", {"temperature": 0.8, "verifier": "coupled"}), ("self:4+8/2,2", {}),
+    ("ngram/chain4", {"temperature": 0.8}), ("self:snapkv64+8/2,2", {}),
 ]  # fmt: skip
 
 

@@ -10,13 +10,14 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 
-from specdec_lab.bench.gpu import round_kernels  # noqa: E402  # after the check for Triton
-from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, ours  # noqa: E402
+from specdec_lab.bench.gpu import layouts, round_kernels  # noqa: E402  # after the check for Triton
+from specdec_lab.bench.gpu.attention_calls import Call, Stage, attend_with, error_of, ours  # noqa: E402
 from specdec_lab.bench.gpu.context import Context  # noqa: E402
 from specdec_lab.bench.gpu.ledger import Ledger  # noqa: E402
 from specdec_lab.bench.gpu.round_calls import round_calls  # noqa: E402
 from specdec_lab.bench.gpu.sizes import TINY  # noqa: E402
 from specdec_lab.bench.gpu.stages.exposed import _aliased, alias_mask, attention_of  # noqa: E402
+from specdec_lab.engine.backends import BACKENDS  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -47,8 +48,22 @@ def test_the_triton_back_end_is_among_ours_and_right():
     assert error_of(call, board, is_ours=True) < 4e-6
 
 
+def test_the_kernel_gives_the_same_bits_over_a_cache_laid_out_by_tokens_and_is_timed_beside_the_other(tmp_path, monkeypatch):
+    (cell,) = TINY.layouts
+    board = Stage(cell, 2, torch.float32, CPU)
+    made, same = (attend_with(BACKENDS["triton"], at)(1) for at in (board, layouts.in_nhd(board)))
+    assert torch.equal(made, same)
+    monkeypatch.setattr(layouts, "best", lambda board: "triton")
+    monkeypatch.setattr(layouts, "BLOCKS", 1)
+    sizes = replace(TINY, repeats=1, most_layers=1)
+    (row,) = layouts.layout_rows(Context(CPU, sizes, Ledger(tmp_path / "gpu.jsonl", "r", {}), 60.0), cell)
+    assert row.what == f"{cell} triton"
+    assert row.values["nhd_over_hnd"] == pytest.approx(row.values["nhd_s"] / row.values["hnd_s"])
+
+
 @pytest.mark.parametrize("case", [round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse,
-                                  round_kernels.accept, round_kernels.sample_rows, round_kernels.noise])  # fmt: skip
+                                  round_kernels.accept, round_kernels.sample_rows, round_kernels.noise,
+                                  round_kernels.ngram_match])  # fmt: skip
 def test_the_cases_of_round_kernels_run_the_kernels_and_find_them_right(case):
     ours, reference = round_kernels.both("row_lse", CPU)
     assert ours is not reference

@@ -11,7 +11,7 @@ import torch
 
 from specdec_lab.bench.gpu import context as context_module
 from specdec_lab.bench.gpu import timing, tools
-from specdec_lab.bench.gpu.attention_calls import Call, Stage, error_of, layer_bytes, others, ours
+from specdec_lab.bench.gpu.attention_calls import COMPILED, QUICK, Call, Stage, error_of, layer_bytes, others, ours
 from specdec_lab.bench.gpu.context import Context
 from specdec_lab.bench.gpu.ledger import (
     RED,
@@ -261,7 +261,7 @@ def test_a_tool_that_is_missing_hangs_or_cannot_start_is_left_out_with_the_reaso
 @pytest.mark.parametrize("cell", TINY.kernels, ids=str)
 def test_everything_that_is_timed_was_compared_with_float64_and_wrong_ones_are_seen(cell):
     board = Stage(cell, 2, torch.float32, CPU)
-    theirs = [(False, made) for is_slow in (False, True) for made in others(board, is_slow=is_slow)]
+    theirs = [(False, made) for made in others(board, (*QUICK, *COMPILED))]
     for is_ours, made in [(True, made) for made in ours(board)] + theirs:
         if isinstance(made, Call):
             assert error_of(made, board, is_ours=is_ours) < 4e-6, made.name

@@ -94,6 +94,8 @@ def test_a_text_drafter_that_finds_no_match_was_not_accepted():
     assert root.examined == {2: (3, 1, 0)}, "four examined roots, one accepted child"
     assert below.examined == {1: (0, 1)}
     assert acceptance["matched"] == 0.5
+    on_device = [replace(steps[0], query_tokens=4), steps[1]]  # a device verifies padding
+    assert parts_of(spec("ngram/2,1"), on_device)["acceptance"]["matched"] == 1.0
 
 
 # What is composed

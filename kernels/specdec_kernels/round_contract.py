@@ -15,6 +15,7 @@ from typing import Any
 from .accept import gpu as accept
 from .contract import Compiled, compile_kernel, report
 from .kv_compact import gpu as compact_tiles
+from .ngram import gpu as ngram_tiles
 from .noise import gpu as noise_tiles
 from .rope_append import gpu as rope_tiles
 from .row_lse import gpu as row_tiles
@@ -24,7 +25,8 @@ VOCABULARY, DIM, HEADS, KV_HEADS = 128256, 128, 32, 8
 
 # pointers that are not int32, by argument name, where every kernel means the same by it
 POINTERS = {
-    **dict.fromkeys(("seed", "refused", "best", "tokens"), "*i64"), **dict.fromkeys(("offered_mass", "rest_mass"), "*fp64"),
+    **dict.fromkeys(("seed", "refused", "best", "tokens", "texts", "lengths", "work", "num_tokens"), "*i64"),
+    **dict.fromkeys(("offered_mass", "rest_mass"), "*fp64"),
     **dict.fromkeys(("cos", "sin", "lse", "best_value", "logprob", "target_logprob", "draft_logprob"), "*fp32"),
     **dict.fromkeys(("target_lse", "draft_lse", "law"), "*fp32"), "exists": "*i1",
 }  # fmt: skip
@@ -77,6 +79,9 @@ def variants() -> tuple[Variant, ...]:
             **walk, "NODES": 21, "LAWS": 13, "V": VOCABULARY, **tree}, tree_warps, max_registers=tree_registers),
         Variant("draw_gumbel", "sample_rows:gumbel_kernel", noisy, noisy_warps),
         *_draws(),
+        Variant("ngram_match", "ngram:match_kernel", {
+            "SIZES": ngram_tiles.bits_of((4, 3, 2)), "LONGEST": 4, "BLOCK": ngram_tiles.BLOCK, "BLOCK_D": 8}, 4,
+            max_registers=ngram_tiles.MOST_REGISTERS),
         Variant("words", "noise:words_kernel", {"KIND": 0, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "i64"),
         Variant("gumbel", "noise:words_kernel", {"KIND": 1, "BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),
         Variant("uniform", "noise:uniform_kernel", {"BLOCK": noise_tiles.WORDS_AT_ONCE}, 4, "fp64"),

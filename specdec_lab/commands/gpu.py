@@ -21,10 +21,12 @@ def gpu(lab: Lab, args: Namespace) -> Outcome:
     lab.check_idle("gpu")
     say, database = Screen(lab.err).say, find_database().path
     with asked():
-        stages = chosen(tuple(args.stages))
+        stages = chosen(tuple(args.stages), ("--gpt-fast",) if args.gpt_fast else ())
         if args.rehearse:
             root = writable_folder(args.out) if args.out else None
-            found = rehearse(root, stages, minutes=args.minutes, again=args.again, say=say, database=database)
+            found = rehearse(root, stages, minutes=args.minutes, again=args.again, say=say, database=database,
+                             gpt_fast=args.gpt_fast)
         else:
-            found = measure(Path(args.out or database), stages, minutes=args.minutes, again=args.again, say=say)
+            found = measure(Path(args.out or database), stages, minutes=args.minutes, again=args.again, say=say,
+                            gpt_fast=args.gpt_fast)
     return Outcome(found, str(found), found.to_dict(), RED if found.is_red else OK)

@@ -25,10 +25,11 @@ from .cache_positions import draft_backend
 from .calibrate import calibrate
 from .clocks import Clock, CoarseClock, PhaseClock
 from .device.choice import Rounds, choose_rounds
+from .device.flights import ROUNDS_PER_READ
 from .device.ops import ops_for
 from .device.plan import check_memory
 from .device.readings import SyncedNow
-from .device.session import ROUNDS_PER_READ, DeviceSession
+from .device.session import DeviceSession
 from .forced import Forced
 from .models.loading import ModelPair
 from .models.runner import Runner, position_mode

@@ -58,7 +58,7 @@ class Session:
         )
         self._progress = Progress([0] * workload.batch)
         nothing = torch.zeros(workload.batch, 0, dtype=torch.int64, device=device)
-        self._no_draft = Proposal(nothing, torch.zeros(workload.batch, dtype=torch.int64, device=device))
+        self._no_draft = Proposal(nothing, torch.zeros(workload.batch, dtype=torch.int64, device=device), is_plain=True)
         self._self = SelfDrafter(self._target)
         self._ngram = NgramDrafter()
         self._model: ModelDrafter | None = None
@@ -153,15 +153,20 @@ class Session:
                 draft_cost = drafter.choose(self._batch, config, clock)
             if isinstance(drafter, ModelDrafter) and config is not None and behind_draft:
                 draft_cost = drafter.catch_up(self._batch, config, clock)
-            if isinstance(drafter, NgramDrafter):
+            if isinstance(drafter, NgramDrafter) and config is not None:
                 clock.enter(Phase.DRAFT_OTHER)
-                drafter.read(self._batch)
+                self._read_text(config)
             clock.enter(Phase.HOST)
         if not behind and not behind_draft and not draft_cost.forwards:
             return None
         rows = self._workload.batch
         nothing = Commit((0,) * rows, ((),) * rows, (False,) * rows)
         return self._record("prefill", config or SpecConfig.off(), context, (0,) * rows, nothing, draft_cost, forwards)
+
+    def _read_text(self, config: SpecConfig) -> None:
+        """Let the n-gram drafter take in the texts."""
+        del config  # it reads the same for every tree
+        self._ngram.read(self._batch)
 
     def turns(self) -> Iterator[None]:
         """One item per turn of the workload; the follow-up text of a turn is appended before its item."""

@@ -24,6 +24,7 @@ from .network import DRAFT, Network
 
 OBSERVED = 32  # tokens whose queries choose
 POOL = 5  # neighbouring positions that share their importance
+NEVER = 1 << 62  # tokens until lists that are not refreshed are chosen again
 
 
 def importance(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -109,20 +110,24 @@ class SnapKv:
             self._of_text.clear()
         self._now.clear()
 
+    def left(self, batch: Batch, view: KvView) -> int:
+        """Tokens that some live row may still commit before `view` lists anew; 0 or less: now."""
+        if not view.refresh:
+            return NEVER
+        last = self._now[view].at if view in self._now else self._text
+        ends = zip(batch.host_lengths, last, batch.host_live, strict=True)
+        return view.refresh - max((length - 1 - at for length, at, live in ends if live), default=0)
+
     def lists(self, batch: Batch, view: KvView) -> tuple[Lists, tuple[Forward, ...]]:
         """What `view` lists now, and the forwards that choosing it took (none in most rounds).
 
         A refresh re-scores all rows as soon as one live row has committed `refresh` tokens since the last choice.
         """
-        committed = tuple(n - 1 for n in batch.host_lengths)
-        now = self._now.get(view)
-        last = now.at if now else self._text
-        gained = max((c - a for c, a, live in zip(committed, last, batch.host_live, strict=True) if live), default=0)
-        if view.refresh and gained >= view.refresh:
-            self._now[view], forwards = self._choose(batch, view, committed)
+        if self.left(batch, view) <= 0:
+            self._now[view], forwards = self._choose(batch, view, tuple(n - 1 for n in batch.host_lengths))
             return self._now[view], forwards
-        if now is not None:
-            return now, ()
+        if view in self._now:
+            return self._now[view], ()
         self._now[view], forwards = self._text_lists(batch, view)
         return self._now[view], forwards
 

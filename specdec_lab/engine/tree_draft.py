@@ -83,7 +83,7 @@ def text_proposal(tree: TreeShape, filled: Sequence[dict[int, int]], device: Dev
     drafted = frozenset(node for row in filled for node in row)
     counts = torch.tensor([len(row) for row in filled], dtype=torch.int64, device=device)
     if not drafted:
-        return Proposal(torch.zeros(len(filled), 0, dtype=torch.int64, device=device), counts)
+        return Proposal(torch.zeros(len(filled), 0, dtype=torch.int64, device=device), counts, is_plain=True)
     nodes = tuple(node for node in breadth_first(tree) if node in drafted)
     layout: Layout = layout_of(tree, device, None if len(nodes) == tree.num_nodes else nodes)
     tokens: Tensor = torch.tensor([[row.get(node, 0) for node in nodes] for row in filled], dtype=torch.int64, device=device)

@@ -28,6 +28,8 @@ class Proposal:
             of a tree [B, M, V], the law that the children of each node that has any were drawn from (Layout.law_row)
     layout  of a tree
     nodes   which nodes of the TreeShape each row drafted, where not all rows drafted all; their bits are `exists` [B, N]
+    is_plain  nothing is drafted because nothing was to be, or what would have been is sampled like plain text (n-gram trees):
+              plain sampling's own noise decides. A chain that found nothing to draft is decided as rows beside it are
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Proposal:
     layout: Layout | None = None
     nodes: tuple[tuple[int, ...], ...] = ()
     exists: Tensor | None = None
+    is_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +125,20 @@ def decide(
     count = None
     if forced is not None and proposal.tokens.shape[1]:
         count = forced_count(proposal, first_position, noise, forced)
+    return decide_chain(proposal, scores, first_position, processor, verifier, noise, count)
+
+
+def decide_chain(
+    proposal: Proposal, scores: Scores, first_position: Tensor, processor: Processor, verifier: str, noise: Noise,
+    count: Tensor | None,
+) -> Decision:
+    """See decide; count [B] how many drafts are accepted where that is forced. Asks the device nothing."""
     if processor.is_greedy:
         return accept_equal(proposal, scores.best, count)
     law = processor.law(scores.logits)
     num_drafted = proposal.tokens.shape[1]
     positions = first_position[:, None] + torch.arange(num_drafted + 1, device=law.device)
-    if verifier == "coupled" or num_drafted == 0:  # plain sampling is what a coupled run must equal
+    if verifier == "coupled" or proposal.is_plain:  # plain sampling is what a coupled run must equal
         return accept_equal(proposal, noise.draw(law, positions, Purpose.TARGET), count)
     return accept_rejection(
         proposal, law, noise.uniform(positions[:, :num_drafted], Purpose.ACCEPT), noise.uniform(positions, Purpose.RESIDUAL),

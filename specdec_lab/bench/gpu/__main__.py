@@ -19,9 +19,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--run", required=True)
+    parser.add_argument("--gpt-fast", type=Path)
     given = parser.parse_args(words)
     (stage,) = chosen((given.stage,))
-    here(stage, session.gpu_context(given.out, given.run, given.seconds, _say))
+    here(stage, session.gpu_context(given.out, given.run, given.seconds, _say, given.gpt_fast))
     return 0
 
 

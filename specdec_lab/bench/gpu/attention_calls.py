@@ -7,7 +7,7 @@ prefix without one, which the row says: as many bytes, as many FLOPs. Not known 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -26,9 +26,13 @@ from ...engine.conformance.cases import Corner, Situation
 from ...engine.conformance.judging import meaning, worst_row
 from ...engine.memory import slots_of
 from ...records import KvView
+from .paged_calls import flashinfer, tried, varlen
 from .sizes import KernelCell
 
+QUICK = ("sdpa-flash", "sdpa-flash-folded", "sdpa-efficient-folded", "flash_attn-unmasked", "varlen_attn")
+COMPILED = ("flex", "flashinfer")  # for seconds, when they first see a shape
 NO_CORNER = "attends to the whole prefix, no mask among the drafted tokens"
+PLANNED = "its plan is made beforehand and not timed"
 NO_WINDOW = "reads a dense copy of the window, whose making is not timed"
 
 
@@ -129,7 +133,7 @@ def ours(stage: Stage) -> Iterator[Call | tuple[str, str]]:
         if name == "reference":
             continue
         reason = backend.why_not(stage.need)
-        yield (name, reason) if reason else Call(name, _attend(backend, stage))
+        yield (name, reason) if reason else Call(name, attend_with(backend, stage))
 
 
 def best(stage: Stage) -> str | None:
@@ -138,25 +142,29 @@ def best(stage: Stage) -> str | None:
     return next((name for name in names if BACKENDS[name].why_not(stage.need) is None), None)
 
 
-def _attend(backend: AttentionBackend, stage: Stage) -> Callable[[int], Tensor]:
+def attend_with(backend: AttentionBackend, stage: Stage) -> Callable[[int], Tensor]:
+    """A launch through the engine's seam; what a forward makes once for all its layers is made here."""
     situation = stage.situation
     plan = situation.plan(backend)
     return lambda turn: backend.attend(situation.q, stage.cache, turn % stage.layers, plan, stage.scale)
 
 
-def others(stage: Stage, *, is_slow: bool) -> Iterator[Call | tuple[str, str]]:
-    """What torch and flash-attn offer for the same read, or (name, why not); `is_slow`: those that compile for seconds."""
-    makers: dict[str, Make] = {"flex": _flex} if is_slow else {
+def others(stage: Stage, names: Iterable[str]) -> Iterator[Call | tuple[str, str]]:
+    """What torch and others offer for the same read, or (name, why not)."""
+    makers: dict[str, Make] = {
         "sdpa-flash": _sdpa("FLASH_ATTENTION"), "sdpa-flash-folded": _sdpa("FLASH_ATTENTION", folds=True),
         "sdpa-efficient-folded": _sdpa("EFFICIENT_ATTENTION", folds=True), "flash_attn-unmasked": _flash_attn,
+        "varlen_attn": varlen, "flex": _flex, "flashinfer": flashinfer,
     }  # fmt: skip
-    for name, maker in makers.items():
-        made = maker(stage)
-        yield (name, made) if isinstance(made, str) else Call(name, made, _says(stage))
+    for name in names:
+        made = makers[name](stage)
+        yield (name, made) if isinstance(made, str) else Call(name, made, _says(stage, name))
 
 
-def _says(stage: Stage) -> str:
-    return "; ".join(([NO_CORNER] if stage.cell.queries > 1 else []) + ([NO_WINDOW] if stage.cell.view else []))
+def _says(stage: Stage, name: str) -> str:
+    cell = stage.cell
+    told = {NO_CORNER: cell.queries > 1, NO_WINDOW: cell.view is not None, PLANNED: name == "flashinfer"}
+    return "; ".join(words for words, holds in told.items() if holds)
 
 
 def _dense(stage: Stage) -> list[tuple[Tensor, Tensor]]:
@@ -188,7 +196,7 @@ def _sdpa(kind: str, *, folds: bool = False) -> Callable[[Stage], Callable[[int]
                 out = F.scaled_dot_product_attention(q, k, v, scale=stage.scale, enable_gqa=group > 1 and not folds)
             return _unfolded(out, stage) if folds else out.transpose(1, 2)
 
-        return _tried(launch)
+        return tried(launch)
 
     return make
 
@@ -221,7 +229,7 @@ def _flex(stage: Stage) -> Callable[[int], Tensor] | str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on a CPU it warns that it was not compiled, which is so on purpose
-        return _tried(launch)
+        return tried(launch)
 
 
 def _flash_attn(stage: Stage) -> Callable[[int], Tensor] | str:
@@ -237,7 +245,7 @@ def _flash_attn(stage: Stage) -> Callable[[int], Tensor] | str:
         out: Tensor = attend(stage.q, k, v, softmax_scale=stage.scale, causal=False)
         return out
 
-    return _tried(launch)
+    return tried(launch)
 
 
 def error_of(call: Call, stage: Stage, *, is_ours: bool) -> float:
@@ -257,14 +265,3 @@ def _unmasked(stage: Stage, row: int) -> Tensor:
     heads = [((q[h] @ k[h].T) * stage.scale).softmax(-1) @ v[h] for h in range(q.shape[0])]
     whole = torch.stack(heads)[None].expand(stage.q.shape[0], -1, -1, -1)
     return _unfolded(whole.contiguous(), stage)[:1]
-
-
-def _tried(launch: Callable[[int], Tensor]) -> Callable[[int], Tensor] | str:
-    """The launch if it runs once, else why it does not."""
-    try:
-        launch(0)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return launch

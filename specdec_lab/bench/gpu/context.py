@@ -66,8 +66,9 @@ class Watched:
 class Context:
     """Given to a stage, which yields rows.
 
-    seconds  that the stage may take
-    folder   of the device in the database: pictures, traces and policies go below it
+    seconds   that the stage may take
+    gpt_fast  a checkout of gpt-fast, if the user has one
+    folder    of the device in the database: pictures, traces and policies go below it
     """
 
     device: torch.device
@@ -76,6 +77,7 @@ class Context:
     seconds: float
     say: Callable[[str], None] = print
     now: Callable[[], float] = time.monotonic
+    gpt_fast: Path | None = None
     started: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +102,10 @@ class Context:
         """Before something that takes time: OutOfTime when none is left."""
         if self.left_s <= 0:
             raise OutOfTime(f"its {self.seconds:.0f} s were over before {what}; what it had found is kept")
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether so many seconds are left, before something that cannot be cut short; a rehearsal's compilers take none."""
+        return not self.is_gpu or self.left_s >= seconds
 
     @cached_property
     def ceilings(self) -> Ceilings:

@@ -19,6 +19,7 @@ from specdec_kernels.work_list import reference as work_list_reference
 
 from ...engine.conformance.judging import worst_row
 from . import round_kernels
+from .attempts import one_by_one
 from .context import Context
 from .ledger import PASS, RED, Row
 
@@ -34,9 +35,13 @@ def kernel_rows(context: Context) -> Iterator[Row]:
         return
     for case in CASES:
         context.checkpoint("the kernel cases")
-        for what, error, allowed in case(context.device):
-            verdict = PASS if error <= allowed else RED
-            yield Row("kernel", what, {"error": error}, verdict, f"at most {allowed:.0e}" if allowed else "equal")
+        yield from one_by_one(context, f"kernel {case.__name__.strip('_')}", _judged(case, context.device))
+
+
+def _judged(case: Case, device: torch.device) -> Iterator[Row]:
+    for what, error, allowed in case(device):
+        verdict = PASS if error <= allowed else RED
+        yield Row("kernel", what, {"error": error}, verdict, f"at most {allowed:.0e}" if allowed else "equal")
 
 
 def _reads(device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -100,5 +105,5 @@ def _sorted(items: Tensor) -> Tensor:
 
 CASES: tuple[Case, ...] = (
     _reads, _work_list, round_kernels.rope_append, round_kernels.kv_compact, round_kernels.row_lse, round_kernels.accept,
-    round_kernels.sample_rows, round_kernels.noise,
+    round_kernels.sample_rows, round_kernels.noise, round_kernels.ngram_match,
 )

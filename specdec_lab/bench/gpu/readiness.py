@@ -20,6 +20,7 @@ OPTIONAL = {
     "optuna": "the stage tune is skipped",
     "plotly": "figures are drawn as SVG only",
     "flash_attn": "no comparison with flash-attn",
+    "flashinfer": "no comparison with FlashInfer (package flashinfer-python, which compiles with nvcc and ninja)",
 }
 TOOLS = {"compute-sanitizer": "memory and races are not checked", "ncu": "counted bytes are not compared with the hardware's"}
 

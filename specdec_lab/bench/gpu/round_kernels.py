@@ -129,6 +129,20 @@ def noise(device: torch.device) -> Iterator[Finding]:
     yield "noise words", _differs(ours.words(*given), reference.words(*given)), 0.0
 
 
+def ngram_match(device: torch.device) -> Iterator[Finding]:
+    """Texts of three tokens: matches everywhere, of every size; long ones, over several programs; twice on one work space."""
+    ours, reference = both("ngram", device)
+    lengths = torch.tensor([0, 1, 3, 40, 2_047, 5_000], device=device)
+    ids = torch.randint(0, 3, (6, 5_010), device=device)
+    ids[5, :4_990] = torch.arange(4_990, device=device)  # one match at most, far from the end
+    ids[5, 70:74] = ids[5, 4_996:5_000]
+    work = torch.zeros(6, 2, dtype=torch.int64, device=device)
+    for depth in (3, 8):
+        made, right = (side.ngram_match(ids, lengths, (4, 3, 2), depth, work) for side in (ours, reference))
+        wrong = max(_differs(*pair) for pair in zip(made, right, strict=True))
+        yield f"ngram_match of {depth} tokens", max(wrong, float(bool(work.any()))), 0.0
+
+
 def _worst(made: Tensor, right: Tensor) -> float:
     """Largest relative error of a head's row."""
     if not bool(made.isfinite().all()):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .context import Context, OutOfTime, Skipped
 from .ledger import CUT, FAILED, OK, SKIPPED, Ledger, Row
-from .plan import STARTS_S, Stage, seconds_of
+from .plan import STARTS_S, Stage, seconds_of, whole_s
 from .table import row_words
 
 PATIENCE, PATIENCE_S = 1.5, 60.0  # a stage's process is ended after so much of its time and so many seconds
@@ -34,7 +34,7 @@ def run(
 
     again  also what these very sources have done before on this machine
     """
-    started, runs = now(), {}
+    started, runs, whole = now(), {}, whole_s(list(stages), minutes)
     for stage in stages:
         before = None if again else ledger.last_run_of(stage.name)
         if before is not None:
@@ -42,7 +42,7 @@ def run(
             runs[stage.name] = before
             continue
         runs[stage.name] = ledger.run
-        left = minutes * 60 - (now() - started)
+        left = whole - (now() - started)
         if left < STARTS_S:
             ledger.end(stage.name, SKIPPED, 0.0, f"the {minutes:g} minutes of this run are over; run it alone, or give more")
             continue
@@ -54,7 +54,7 @@ def run(
 
 def stage_of(name: str) -> Callable[[Context], Iterable[Row]]:
     """The function of a stage; its module is loaded only now."""
-    found: Callable[[Context], Iterable[Row]] = import_module(f".stages.{name}", __package__).stage
+    found: Callable[[Context], Iterable[Row]] = import_module(f".stages.{name.replace('-', '_')}", __package__).stage
     return found
 
 
@@ -96,13 +96,17 @@ def _end(error: BaseException | None) -> tuple[str, str]:
 
 def apart(
     stage: Stage, ledger: Ledger, seconds: float, root: Path,
-    spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run,
+    spawn: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run, gpt_fast: Path | None = None,
+    at_most: float = float("inf"),
 ) -> None:
-    """Run a stage in a process of its own; one that dies or hangs is recorded as failed."""
-    module, given = __package__ or "", ("--out", str(root), "--seconds", f"{seconds:.1f}", "--run", ledger.run)
-    command = [sys.executable, "-m", module, stage.name, *given]
+    """Run a stage in a process of its own; one that dies or hangs is recorded as failed, and what it had found is kept.
+
+    at_most  seconds after which its process is ended, however long it was meant to run
+    """
+    command = [sys.executable, "-m", __package__ or "", stage.name, "--out", str(root), "--seconds", f"{seconds:.1f}"]
+    command += ["--run", ledger.run, *(("--gpt-fast", str(gpt_fast)) if gpt_fast else ())]
     try:
-        done = spawn(command, check=False, timeout=PATIENCE * seconds + PATIENCE_S)
+        done = spawn(command, check=False, timeout=min(PATIENCE * seconds + PATIENCE_S, at_most))
         how = _exit_words(done.returncode)
     except subprocess.TimeoutExpired as error:
         how = f"its process still ran after {error.timeout:.0f} s and was ended"

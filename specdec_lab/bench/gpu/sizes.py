@@ -62,6 +62,9 @@ class Sizes:
     config     whose rounds are timed; its chain and window are those of the expectations
     etas       (cell, plain, verify): shares of the physical limit that the largest model is to reach; so are draft_eta, ideal
     headline   lengths x batches; alpha: acceptance per token, set
+    layouts    cells in which the cache lies in both orders, in turns
+    gate_cells of the shipped pair, where tokens of peers must be ours; peer_cells then give their times, at the shape of the
+               first model; gpt_fast: a target and its draft, whose shapes it can have, and gpt_fast_cell where they are timed
     """
 
     dtype: str
@@ -92,6 +95,10 @@ class Sizes:
     trace_cell: Cell
     peer_cells: tuple[Cell, ...]
     peer_tokens: int
+    gate_cells: tuple[Cell, ...]
+    gpt_fast_cell: Cell
+    gpt_fast: tuple[str, str]
+    layouts: tuple[KernelCell, ...]
     far_offset_bytes: int  # beyond which 32-bit offsets of elements wrap; in a rehearsal nothing is that large
 
 
@@ -118,7 +125,7 @@ LARGE, SMALL = SHAPES["Llama-3.1-8B"], SHAPES["1.7B"]
 CELLS = (Cell(1, 4096), Cell(8, 32768), Cell(32, 16384))
 
 FULL = Sizes(
-    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=4, kernels=(*VERIFY, *DRAFT),
+    dtype="bfloat16", repeats=50, most_layers=64, most_cases=10_000, laws=3, round_configs=7, kernels=(*VERIFY, *DRAFT),
     round_size=RoundSize(32, 4, 1024, LARGE),
     models=(
         ModelCells("1.7B", "random:qwen3-1.7b", SMALL, CELLS),
@@ -128,8 +135,10 @@ FULL = Sizes(
     etas=((Cell(1, 4096), 0.75, None), (Cell(8, 32768), 0.82, None), (Cell(32, 16384), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(4096, 16384, 32768), batches=(1, 4, 16, 32), alpha=0.8,
     exposed=(_verify("8x32k/8x128g4", 5), _verify("32x16k/8x128g4", 5)),
-    overhead_cell=Cell(8, 4096), overhead_rounds=200, overhead_blocks=4, tune_batches=(1, 8), tune_lengths=(1024, 4096),
-    tune_s=30.0, trace_cell=Cell(4, 2048), peer_cells=(Cell(1, 4096), Cell(8, 4096)), peer_tokens=64, far_offset_bytes=5 << 30,
+    overhead_cell=Cell(8, 4096), overhead_rounds=200, overhead_blocks=2, tune_batches=(1, 8), tune_lengths=(1024, 4096),
+    tune_s=30.0, trace_cell=Cell(4, 2048), peer_cells=(Cell(1, 4096), Cell(8, 4096)), peer_tokens=64,
+    gate_cells=(Cell(1, 512), Cell(4, 128)), gpt_fast_cell=Cell(1, 4096), gpt_fast=("random:llama-3.1-8b", "random:draft-1b"),
+    layouts=VERIFY[:4], far_offset_bytes=5 << 30,
 )
 
 _TINY_SHAPE = ModelShape(2, 64, 16, 8, 16, 192, 512)  # of random:tiny
@@ -147,5 +156,7 @@ TINY = Sizes(
     etas=((Cell(1, 24), 0.75, None), (Cell(2, 40), 0.85, 0.80)),
     draft_eta=0.72, ideal=0.88, headline=(24, 40), batches=(1, 2), alpha=0.8, exposed=(_verify("2x70/2x16g2", 3),),
     overhead_cell=Cell(2, 24), overhead_rounds=4, overhead_blocks=2, tune_batches=(1,), tune_lengths=(64,), tune_s=2.0,
-    trace_cell=Cell(2, 24), peer_cells=(Cell(1, 24),), peer_tokens=6, far_offset_bytes=0,
+    trace_cell=Cell(2, 24), peer_cells=(Cell(1, 24),), peer_tokens=6,
+    gate_cells=(Cell(1, 32), Cell(2, 20)), gpt_fast_cell=Cell(1, 24), gpt_fast=("random:tiny-square", "random:tiny-square"),
+    layouts=(_verify("2x70/2x16g2", 3),), far_offset_bytes=0,
 )

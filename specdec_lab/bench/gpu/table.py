@@ -14,7 +14,7 @@ UNITS = {"_bytes_per_s": (1e9, "GB/s"), "_flops_per_s": (1e12, "TFLOP/s"), "_tok
          "_bytes": (1e6, "MB"), "_mhz": (1.0, "MHz"), "_j": (1.0, "J"), "_w": (1.0, "W")}
 SHOWN = 6  # values of a row on the screen; all of them are in the file
 LONGEST = 60
-TOLD = ("headline",)  # kinds without a bar that the end of a run shows all the same
+TOLD = ("headline", "layouts", "decode")  # kinds without a bar that the end of a run shows all the same
 
 
 def quantity(name: str, value: Any) -> str:

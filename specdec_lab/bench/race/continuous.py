@@ -35,6 +35,13 @@ class ContinuousPeer:
         self._prompts: Rows = []
         self._new_tokens = 0
 
+    @classmethod
+    def around(cls, model: Any) -> ContinuousPeer:
+        """For a model in memory, whose attention it changes to a paged one."""
+        made = cls(model.name_or_path, model.dtype, model.device)
+        made._model = model
+        return made
+
     def why_not(self, cell: Cell) -> str | None:
         if self._device.type == "cpu" and find_spec("psutil") is None:
             return "continuous batching of transformers sizes its cache with psutil on a CPU, and psutil is not installed"

@@ -95,7 +95,17 @@ class Prompted:
     """One transformers model and the KV of the prompts that it read last, all tokens but the last of each row."""
 
     def __init__(self, where: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = load_model(where, dtype, device)
+        self._take(load_model(where, dtype, device))
+
+    @classmethod
+    def around(cls, model: Any) -> Prompted:
+        """For a model in memory."""
+        made = cls.__new__(cls)
+        made._take(model)
+        return made
+
+    def _take(self, model: Any) -> None:
+        self.model = model
         self.counter = _Resume(self.model)
         self._prompts: Rows = []
         self._kv: list[tuple[Tensor, Tensor]] = []  # per layer [B, H, S-1, D]
@@ -210,6 +220,8 @@ class TransformersPeer:
         for model in (target, assistant):
             if model is not None:
                 model.counter.forwards = 0
+        if ids.is_cuda:
+            torch.cuda.synchronize()  # the copies that restored the cache are not part of the decode
         with torch.inference_mode(), Stopwatch() as watch:
             rows: Rows = target.model.generate(
                 ids, past_key_values=cache, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **options

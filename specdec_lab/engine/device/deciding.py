@@ -17,7 +17,7 @@ from ..models.runner import Scores
 from ..sampling import Noise, Processor
 from ..tree_layout import Layout
 from ..tree_verify import Step, children_of, choose_children, matching, testing, walk
-from ..verify import Decision, Proposal, choose_draft, decide
+from ..verify import Decision, Proposal, choose_draft, decide_chain
 from .program import Program
 
 
@@ -26,6 +26,7 @@ class Drafted:
     """What one draft forward gave.
 
     tokens  [B, children]; fed [B, nodes with children] of them
+    counts  [B] how many of a chain's tokens a row has, the others are padding; None: all
     law     [B, K, V] what they were drawn from (rejection only): probabilities, or the logits that kernels read
     lse, logprob  [B, K] and [B, children] of those logits
     """
@@ -35,6 +36,7 @@ class Drafted:
     law: Tensor | None = None
     lse: Tensor | None = None
     logprob: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Deciding(Protocol):
@@ -43,13 +45,21 @@ class Deciding(Protocol):
     def draft(self, program: Program, level: int, scores: Tensor, committed: Tensor) -> Drafted:
         """From draft logits [B, K, V] of the fed nodes of a level: their children."""
 
-    def accept(self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor) -> Decision:
-        """The accepted path given target logits [B, N+1, V] at root and drafts."""
+    def accept(
+        self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor, forced: Tensor | None = None
+    ) -> Decision:
+        """The accepted path given target logits [B, N+1, V] at root and drafts. forced [B]: how many of a chain instead."""
 
 
 def together(drafted: Sequence[Drafted], committed: Tensor) -> Tensor:
     """The drafted tokens [B, N] of all levels, in the order of their nodes."""
     return torch.cat([level.tokens for level in drafted], 1) if drafted else committed[:, None][:, :0]
+
+
+def counts_of(program: Program, drafted: Sequence[Drafted], committed: Tensor) -> Tensor:
+    """[B] how many nodes every row has."""
+    given = drafted[0].counts if drafted else None
+    return torch.full_like(committed, program.num_nodes) if given is None else given
 
 
 def fed_next(program: Program, level: int, tokens: Tensor) -> Tensor:
@@ -79,14 +89,17 @@ class TorchDeciding:
         tokens = chosen.flatten(1).index_select(1, here.pick)
         return Drafted(tokens, fed_next(program, level, tokens), law)
 
-    def accept(self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor) -> Decision:
+    def accept(
+        self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor, forced: Tensor | None = None
+    ) -> Decision:
         """See Deciding.accept."""
         laws = [level.law for level in drafted if level.law is not None]
         law = torch.cat(laws, 1) if laws else None
-        counts, layout, first = torch.full_like(committed, program.num_nodes), program.layout, committed + 1
-        proposal, made = Proposal(together(drafted, committed), counts, law, layout), Scores(scores)
+        counts, layout, first = counts_of(program, drafted, committed), program.layout, committed + 1
+        proposal = Proposal(together(drafted, committed), counts, law, layout, is_plain=not program.depth)
+        made = Scores(scores)
         if layout is None:
-            return decide(proposal, made, first, self.processor, self.verifier, self.noise)
+            return decide_chain(proposal, made, first, self.processor, self.verifier, self.noise, forced)
         if self.processor.is_greedy:
             step = _arg_max(proposal, layout, made.best)
         elif self.verifier == "coupled" or law is None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..forced import Forced, forced_accept, forced_ranks
 from ..sampling import Noise, Purpose
 from ..verify import Decision
-from .deciding import Deciding, Drafted, together
-from .program import Program
+from .deciding import Deciding, Drafted, counts_of, together
+from .program import Key, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +26,25 @@ class ForcedDeciding:
     forced: Forced
     noise: Noise
     # made in the rehearsal of a graph, never in its capture
-    _chances: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _chances: dict[Key, Tensor] = field(default_factory=dict)
 
     def draft(self, program: Program, level: int, scores: Tensor, committed: Tensor) -> Drafted:
         """See Deciding.draft."""
         return self.inner.draft(program, level, scores, committed)
 
-    def accept(self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor) -> Decision:
+    def accept(
+        self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor, forced: Tensor | None = None
+    ) -> Decision:
         """See Deciding.accept."""
-        made = self.inner.accept(program, drafted, scores, committed)
+        assert forced is None  # nobody else forces
         if not program.depth:
-            return made
-        tokens, chances = together(drafted, committed), self._chances_of(program, committed.device)
-        order = torch.arange(program.depth, device=committed.device)
+            return self.inner.accept(program, drafted, scores, committed)
+        chances, order = self._chances_of(program, committed.device), torch.arange(program.depth, device=committed.device)
         uniforms = self.noise.uniform(committed[:, None] + 1 + order, Purpose.FORCE)
         if program.layout is None:
-            count = forced_accept(uniforms, chances, torch.full_like(committed, program.depth))
-            return Decision(count, _emitted(tokens, made, count))
+            count = forced_accept(uniforms, chances, counts_of(program, drafted, committed))
+            return self.inner.accept(program, drafted, scores, committed, count)
+        made, tokens = self.inner.accept(program, drafted, scores, committed), together(drafted, committed)
         path, ranks, count = _descend(program.layout.child_table, forced_ranks(uniforms, chances))
         return Decision(count, _emitted(tokens.gather(1, (path - 1).clamp(min=0)), made, count), path, ranks)
 

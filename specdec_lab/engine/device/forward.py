@@ -31,17 +31,19 @@ class Net:
 
 
 def forward(
-    net: Net, ops: Ops, tokens: Tensor, base: Tensor, feed: Feed, window: Tensor | None, stamps: Tensor | None
+    net: Net, ops: Ops, tokens: Tensor, base: Tensor, feed: Feed, window: Tensor | None, stamps: Tensor | None,
+    lists: Tensor | None = None,
 ) -> Tensor:
     """tokens [B, T] at the nodes of `feed` -> hidden states [B, T, d] behind the last layer. Writes their K/V.
 
     base    [B] slots before the first node
     window  what of the prefix is visible; None: everything
+    lists   [layers, B, Hkv, N] what is visible of it in place of the window's sinks (SnapKV), or None
     stamps  [layers, 2] where attention notes when it ran, or None
     """
     parts, shape = net.parts, net.shape
     batch, queries = tokens.shape
-    plan = ops.plan(feed, base, net.kv, shape.heads, window, stamps)
+    plan = ops.plan(feed, base, net.kv, shape.heads, window, stamps, lists)
     positions, slots = base[:, None] + feed.turns, base[:, None] + feed.slots
     hidden = F.embedding(tokens, parts.embedding).view(batch * queries, -1)  # [B*T, d]
     for number, layer in enumerate(parts.layers):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..clocks import Phase
-from .program import Program
+from .program import Key, Program
 from .round import Stage, play
 
 REHEARSALS = 2  # before capture: kernels are compiled, libraries make their workspaces
@@ -84,9 +84,9 @@ class EagerPlayers:
 class CapturedPlayers:
     """One graph per program key on the buffers of a session; all graphs share one memory pool.
 
-    Windows, lengths, live rows and what was emitted are values in buffers, so no part of the key. A graph of one program may
-    reuse the memory of another's temporaries: they are replayed one after the other on one stream, and nothing but the buffers
-    of the state and the caches is carried from round to round.
+    Windows, what is listed, lengths, live rows and what was emitted are values in buffers, so no part of the key. A graph of
+    one program may reuse the memory of another's temporaries: they are replayed one after the other on one stream, and nothing
+    but the buffers of the state, the lists and the caches is carried from round to round.
     """
 
     stage: Stage
@@ -94,7 +94,7 @@ class CapturedPlayers:
     kind: str = "one CUDA graph"
     capture_s: float = 0.0
     now: Callable[[], float] = time.perf_counter
-    _made: dict[tuple[str, str], Captured] = field(default_factory=dict)
+    _made: dict[Key, Captured] = field(default_factory=dict)
     _pool: Any = None
 
     def of(self, program: Program) -> Player:

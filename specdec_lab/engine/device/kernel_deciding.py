@@ -6,7 +6,7 @@ The kernels are handed in, so that a test can run the same code over their refer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..models.runner import Scores
 from ..sampling import Noise, Processor, Purpose
 from ..tree_verify import choose_children
 from ..verify import Decision
-from .deciding import Drafted, fed_next, together
+from .deciding import Drafted, counts_of, fed_next, together
 from .program import Program
 
 ACCEPT, SAMPLE = ("accept_chain_equal", "accept_chain", "accept_tree_equal", "accept_tree"), (
@@ -39,13 +39,40 @@ class RoundKernels:
     draw_gumbel: Callable[..., Any]
     draw_inverse: Callable[..., Any]
     draw_residual: Callable[..., Any]
+    ngram_match: Callable[..., tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, kind: str) -> RoundKernels:
         """kind "gpu" or "reference": the name of a file in every folder."""
         places = {name: name for name in ("rope_append", "kv_compact", "row_lse")}
+        places["ngram_match"] = "ngram"
         places |= dict.fromkeys(ACCEPT, "accept") | dict.fromkeys(SAMPLE, "sample_rows")
         return cls(**{name: getattr(import_module(f"specdec_kernels.{at}.{kind}"), name) for name, at in places.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What the target judges.
+
+    tokens  [B, N] drafted, of which a chain's rows have counts [B]
+    forced  [B] how many of a chain are accepted instead, or None
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    forced: Tensor | None
+
+    def replaced(self, made: Any) -> Any:
+        """What a kernel accepted of a chain, or what is forced instead; a draft behind it counts as refused."""
+        if self.forced is None:
+            return made
+        count, order = self.forced, torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        taken, refused = order < count[:, None], count < self.counts
+        at = count.clamp(max=self.tokens.shape[1] - 1)[:, None]
+        return replace(
+            made, num_accepted=count.int(), path=((order + 1) * taken).int(), ranks=taken.int(), row=count.int(),
+            num_refused=refused.int(), refused=torch.where(refused[:, None], self.tokens.gather(1, at), -1),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +90,14 @@ class KernelDeciding:
         tokens, law, lse, logprob = self._children(program, level, scores, committed + level + 1)
         return Drafted(tokens, fed_next(program, level, tokens), law, lse, logprob)
 
-    def accept(self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor) -> Decision:
+    def accept(
+        self, program: Program, drafted: Sequence[Drafted], scores: Tensor, committed: Tensor, forced: Tensor | None = None
+    ) -> Decision:
         """See Deciding.accept."""
-        tokens, first = together(drafted, committed), committed + 1
+        offered = Offered(together(drafted, committed), counts_of(program, drafted, committed), forced)
         if self.processor.is_greedy or self.verifier == "coupled" or not program.depth:
-            return self._accept_equal(program, tokens, scores, first)
-        return self._accept_drawn(program, drafted, tokens, scores, first)
+            return self._accept_equal(program, offered, scores, committed + 1)
+        return self._accept_drawn(program, drafted, offered, scores, committed + 1)
 
     def _children(
         self, program: Program, level: int, scores: Tensor, position: Tensor
@@ -95,7 +124,7 @@ class KernelDeciding:
         tokens, logprob = (torch.stack([getattr(d, name) for d in drawn], -1) for name in ("tokens", "logprob"))
         return _pick(program, level, tokens), logits, lse, _pick(program, level, logprob)
 
-    def _accept_equal(self, program: Program, tokens: Tensor, scores: Tensor, first: Tensor) -> Decision:
+    def _accept_equal(self, program: Program, offered: Offered, scores: Tensor, first: Tensor) -> Decision:
         """Descend to what the target itself chooses: its arg-max, or what plain sampling draws."""
         if self.processor.is_greedy:
             _, chosen = self._stats(scores, 1.0)
@@ -109,26 +138,27 @@ class KernelDeciding:
         if not program.depth:
             return Decision(torch.zeros_like(first), chosen)
         if program.layout is None:
-            made = self.kernels.accept_chain_equal(tokens, torch.full_like(first, program.depth), chosen)
+            made = offered.replaced(self.kernels.accept_chain_equal(offered.tokens, offered.counts, chosen))
         else:
-            made = self.kernels.accept_tree_equal(tokens, None, program.layout.child_table, chosen, program.depth)
-        return _decision(made, tokens, chosen.gather(1, made.row.long()[:, None])[:, 0])
+            made = self.kernels.accept_tree_equal(offered.tokens, None, program.layout.child_table, chosen, program.depth)
+        return _decision(made, offered.tokens, chosen.gather(1, made.row.long()[:, None])[:, 0])
 
     def _accept_drawn(
-        self, program: Program, drafted: Sequence[Drafted], tokens: Tensor, scores: Tensor, first: Tensor
+        self, program: Program, drafted: Sequence[Drafted], offered: Offered, scores: Tensor, first: Tensor
     ) -> Decision:
         """Test every draft against the law it was drawn from; draw the next token from what the refusals left."""
         logits, temperature = self._law(scores)
-        law, lse, logprob = (torch.cat([p for d in drafted if (p := part(d)) is not None], 1) for part in _PARTS)
+        law, lse, logprob = (_joined([part(d) for d in drafted]) for part in _PARTS)  # points have none
+        tokens = offered.tokens
         who = self.seed, self.noise.sequences, first
         if program.layout is None:
             asked = torch.cat([tokens, tokens[:, :1]], 1).view(-1, 1)  # the last row is asked for nothing
             stats = self.kernels.row_lse(logits.flatten(0, 1), temperature, asked)
             target_lse, target_logprob = stats.lse.view(logits.shape[:2]), stats.logprob.view(logits.shape[:2])[:, :-1]
-            counts, law_row = torch.full_like(first, program.depth), None
-            made = self.kernels.accept_chain(
-                tokens, counts, target_logprob.contiguous(), logprob, *who, int(Purpose.ACCEPT)
-            )
+            law_row = None
+            made = offered.replaced(self.kernels.accept_chain(
+                tokens, offered.counts, target_logprob.contiguous(), logprob, *who, int(Purpose.ACCEPT)
+            ))
         else:
             layout = program.layout
             law_row, (target_lse, _) = layout.law_row, self._stats(logits, temperature)
@@ -153,6 +183,11 @@ class KernelDeciding:
 
 
 _PARTS: tuple[Callable[[Drafted], Tensor | None], ...] = (lambda d: d.law, lambda d: d.lse, lambda d: d.logprob)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found, 1) if found else None
 
 
 def _pick(program: Program, level: int, values: Tensor) -> Tensor:

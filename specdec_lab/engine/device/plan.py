@@ -1,7 +1,7 @@
 """What device rounds will allocate, from shapes alone, before anything is allocated; and what would fit instead.
 
 Weights are loaded by then and not counted. Temporaries are an upper bound for rounds of up to NODES drafted tokens a row; the
-pool of captured graphs holds them. Not known here: allocators.
+pool of captured graphs holds them. Lists are those of one SnapKV view of up to LISTED tokens. Not known here: allocators.
 """
 
 from __future__ import annotations
@@ -15,32 +15,40 @@ from ..cache import CacheTooLarge
 from ..memory import slots_of
 from ..models.loading import ModelPair
 from ..models.runner import Runner
-from .state import ENTRY, TIMES
+from .state import ENTRY, MATCHING, TIMES
 
 NODES = 16
+LISTED = 4096
+LIST_COPIES = 3  # as chosen, as chosen anew, and the buffer that rounds read
+ENTRY_BYTES = 4  # of a list
 LIBRARIES_BYTES = 128 << 20  # workspaces of matrix products, compiled kernels
 FLOAT, INT = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by purpose. workspace: partial results of attention; temporaries: logits, kept draft logits and activations."""
+    """Bytes by purpose.
+
+    workspace    partial results of attention
+    temporaries  logits, kept draft logits and activations
+    lists        what a SnapKV view names in every layer and KV head
+    """
 
     target_kv: int
     draft_kv: int
     workspace: int
     temporaries: int
     state: int
+    lists: int = 0
     libraries: int = LIBRARIES_BYTES
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.target_kv + self.draft_kv + self.workspace + self.temporaries + self.state + self.libraries
+        return sum(getattr(self, name) for name in self.__slots__)
 
     def __str__(self) -> str:
-        parts = ("target_kv", "draft_kv", "workspace", "temporaries", "state", "libraries")
-        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):,}" for name in parts)
+        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):,}" for name in self.__slots__)
 
 
 def plan(pair: ModelPair, batch: int, max_tokens: int, rounds_per_read: int, nodes: int = NODES) -> MemoryPlan:
@@ -52,8 +60,14 @@ def plan(pair: ModelPair, batch: int, max_tokens: int, rounds_per_read: int, nod
         _kv(pair.target, batch, slots), 0 if pair.draft is None else _kv(pair.draft, batch, slots),
         max(_workspace(runner, batch, slots, nodes) for runner in runners),
         kept + max(_temporaries(runner, batch, nodes) for runner in runners),
-        batch * slots * INT + 2 * rounds_per_read * (batch * ENTRY + TIMES) * INT,
+        batch * slots * INT + 2 * rounds_per_read * (batch * ENTRY + TIMES) * INT + batch * MATCHING * INT,
+        LIST_COPIES * list_bytes(pair.target, batch, min(LISTED, slots)),
     )  # fmt: skip
+
+
+def list_bytes(runner: Runner, batch: int, budget: int) -> int:
+    """Of lists of `budget` tokens."""
+    return runner.shape.layers * batch * runner.shape.kv_heads * budget * ENTRY_BYTES
 
 
 def check_memory(pair: ModelPair, batch: int, max_tokens: int, rounds_per_read: int, free: int | None) -> MemoryPlan:

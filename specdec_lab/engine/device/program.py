@@ -1,7 +1,7 @@
 """What is fixed about the rounds of a configuration: which nodes every forward feeds and what they see. Made once.
 
-Sink and recent of a window are not in here, nor is any length: configurations that differ in those share a program, and so a
-captured graph. Not known here: models, tokens.
+Sink and recent of a window are not in here, nor is any length, nor what a list names: configurations that differ in those
+share a program, and so a captured graph. Not known here: models, tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ...records import SpecConfig
 from ..attention import chain_order
 from ..tree_layout import Layout, Level, layout_of
 from .state import MOST_EMITTED
+
+Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,9 @@ class Feed:
 class Program:
     """The forwards of a round.
 
-    drafter  off, self or model. A model's first forward has two nodes: the last committed token, where its KV is missing, and
-             the root; without that token, root and padding
+    drafter  off, ngram (a chain; no forward), self or model. A model's first forward has two nodes: the last committed token,
+             where its KV is missing, and the root; without that token, root and padding
+    budget   entries of the index lists (SnapKV) that drafts read in place of sinks; 0: there are none
     layout   of a tree
     drafts   one forward per level that has children
     kept     tensors that the functions of a round look up: a captured graph points to them, so they must outlive it
@@ -58,6 +61,7 @@ class Program:
 
     drafter: str
     tree: str
+    budget: int
     depth: int
     num_nodes: int
     layout: Layout | None
@@ -67,17 +71,18 @@ class Program:
     kept: tuple[Tensor, ...]
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         """What makes one captured round differ from another on the same buffers."""
-        return self.drafter, self.tree
+        return self.drafter, self.tree, self.budget
 
     @classmethod
     def of(cls, config: SpecConfig, device: torch.device) -> Program:
         """The program of plain decoding, a chain or a tree."""
+        drafter, spelled, budget = key_of(config)
         tree, depth = config.tree, config.depth
         if tree is None or tree.is_chain:
             layout, verify = None, _chain(depth + 1, device)
-            drafts = [_link(step, device) for step in range(depth)]
+            drafts = [_link(step, device) for step in range(depth)] if config.view is not None else []
         else:
             layout = layout_of(tree, device)
             verify, drafts = _level(layout.whole), [_level(level) for level in layout.levels]
@@ -86,9 +91,15 @@ class Program:
         parents = [bool(c) for c in layout.children] if layout else [v < depth for v in range(depth + 1)]
         kept = tuple(chain_order(n, device) for n in range(MOST_EMITTED + 1))
         return cls(
-            config.drafter, "" if tree is None else str(tree), depth, config.num_nodes, layout, tuple(drafts), verify,
+            drafter, spelled, budget, depth, config.num_nodes, layout, tuple(drafts), verify,
             torch.tensor(parents, device=device), kept,
         )
+
+
+def key_of(config: SpecConfig) -> Key:
+    """Of the program of a configuration."""
+    budget = 0 if config.view is None else config.view.budget
+    return config.drafter, "" if config.tree is None else str(config.tree), budget
 
 
 def _level(level: Level) -> Feed:

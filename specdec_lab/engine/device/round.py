@@ -15,7 +15,7 @@ from torch import Tensor
 from ..clocks import Phase
 from ..verify import Decision
 from . import state as log
-from .deciding import Deciding, Drafted, together
+from .deciding import Deciding, Drafted, counts_of, together
 from .forward import Net, forward, logits
 from .ops import Ops
 from .program import Feed, Program
@@ -24,9 +24,10 @@ from .state import DeviceState
 
 @dataclass(slots=True)
 class Stage:
-    """What rounds of a session work on; its draft comes when first asked for.
+    """What rounds of a session work on; its draft and its lists come when first asked for.
 
     instrumented  False stamps only start and end of a round
+    lists         by budget (Program.budget): what SnapKV lists now, int32 [layers, B, Hkv, N]; refilled between rounds
     """
 
     state: DeviceState
@@ -35,6 +36,7 @@ class Stage:
     ops: Ops
     deciding: Deciding
     instrumented: bool = True
+    lists: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ def play(stage: Stage, program: Program) -> tuple[Phase, ...]:
     marks.enter(Phase.ACCEPT)
     decision = stage.deciding.accept(program, drafted, scores, state.committed)
     marks.enter(Phase.COMMIT)
-    _commit(stage, program, decision)
+    _commit(stage, program, decision, counts_of(program, drafted, state.committed))
     if stage.instrumented:
         _sum_attention(stage, program)
     marks.enter(Phase.HOST)
@@ -72,18 +74,23 @@ def play(stage: Stage, program: Program) -> tuple[Phase, ...]:
 
 
 def _draft(stage: Stage, program: Program, marks: Marks) -> list[Drafted]:
-    """Level by level: a forward of the nodes that have children, and their children chosen."""
+    """Level by level: a forward of the nodes that have children, and their children chosen. N-grams: one look into the text."""
     state, drafted = stage.state, list[Drafted]()
+    if program.drafter == "ngram":
+        marks.enter(Phase.DRAFT_OTHER)
+        tokens, counts = stage.ops.ngram_match(state.ids, state.committed + 1, program.depth, state.matching)
+        return [Drafted(tokens, tokens, counts=counts)]
     if not program.drafts:
         return drafted
     net, fed = _drafting(stage, program), state.roots
+    lists = stage.lists[program.budget] if program.budget else None
     for level, feed in enumerate(program.drafts):
         marks.enter(Phase.DRAFT_LINEAR)
         stamps = state.draft_stamps[level, : len(net.parts.layers)] if stage.instrumented else None
         if level == 0 and program.drafter == "model":
             hidden = _catch_up(stage, net, feed, stamps)
         else:
-            hidden = forward(net, stage.ops, fed, state.committed, feed, state.window, stamps)
+            hidden = forward(net, stage.ops, fed, state.committed, feed, state.window, stamps, lists)
         scores = logits(net, hidden)
         marks.enter(Phase.DRAFT_OTHER)
         drafted.append(stage.deciding.draft(program, level, scores, state.committed))
@@ -112,7 +119,7 @@ def _catch_up(stage: Stage, net: Net, feed: Feed, stamps: Tensor | None) -> Tens
     return hidden.gather(1, lag[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
-def _commit(stage: Stage, program: Program, decision: Decision) -> None:
+def _commit(stage: Stage, program: Program, decision: Decision, drafted: Tensor) -> None:
     """Append what live rows accepted, cut at end of text and length limit; move its KV; write the log; advance."""
     state, tokens = stage.state, decision.tokens
     counts, ended = _cut(state, decision)
@@ -121,7 +128,7 @@ def _commit(stage: Stage, program: Program, decision: Decision) -> None:
     state.ids.scatter_(1, state.committed[:, None] + 1 + order, tokens)
     known = _keep(stage, program, decision, accepted)
     emitted, committed = state.emitted + counts, state.committed + counts
-    entry = _entry(state, program, decision, accepted, counts, torch.minimum(known, committed))
+    entry = _entry(state, program, decision, drafted, accepted, counts, torch.minimum(known, committed))
     row = state.number % state.log.shape[0]
     state.entries.index_copy_(0, row, entry[None])
     state.live.logical_and_(~ended & (emitted < state.limit))
@@ -164,11 +171,12 @@ def _keep(stage: Stage, program: Program, decision: Decision, accepted: Tensor) 
 
 
 def _entry(
-    state: DeviceState, program: Program, decision: Decision, accepted: Tensor, counts: Tensor, known: Tensor
+    state: DeviceState, program: Program, decision: Decision, drafted: Tensor, accepted: Tensor, counts: Tensor, known: Tensor
 ) -> Tensor:
     """[B, log.ENTRY] what the host will read of this round."""
     entry = torch.zeros(state.batch, log.ENTRY, dtype=torch.int64, device=counts.device)
     entry[:, log.CONTEXT], entry[:, log.LIVE], entry[:, log.ACCEPTED] = state.committed, state.live, accepted
+    entry[:, log.DRAFTED] = drafted * state.live
     entry[:, log.EMITTED], entry[:, log.KNOWN] = counts, known
     entry[:, log.LAG] = (state.committed - state.known).clamp(0, 1)
     entry[:, log.CUT] = (counts < decision.num_accepted + 1) & state.live

@@ -8,12 +8,18 @@ running, so the device waits for nobody. What follows from that:
   flights later, and every record says which configuration it ran.
 - A flight is no longer than rows certainly need, so without an end-of-text token no round is played in vain. With one, rounds
   may run after the last row has ended: they emit nothing, are no records, and the last record books their time as host time.
-- n-gram and SnapKV rounds look at text or scores on the host: they run there, as in any session, after the device is done, and
-  their times are the host's, which waits for the device at every mark.
+- What a SnapKV view lists lies in a buffer per budget. It is chosen by the host (engine/snapkv.py), between flights: no flight
+  goes beyond the round before which a session on the host would choose again; there the session lands, chooses and hands over.
+  Choosing is booked to drafting, as a draft model's catching up is.
+- n-gram chains are found in the text by the device. A row without a match verifies padding and emits the one token that it
+  emits on the host. Where no row has a match the host would run a plain round; the device, which cannot branch, verifies all
+  the same, and such a record counts the bytes and FLOPs of that.
+- n-gram trees are filled in on the host: their rounds run there, as in any session, after the device is done, and their times
+  are the host's, which waits for the device at every mark.
 
 WHAT A GPU RUN MUST CHECK FIRST, in this order; none of it could be run where this was written:
-1. `Engine(load("demo", device="cuda"), rounds="device")`: greedy tokens of off, self and model chains and a tree equal those of
-   `rounds="host"` in float32, for ragged batches; then coupled and rejection at T = 0.8.
+1. `Engine(load("demo", device="cuda"), rounds="device")`: greedy tokens of off, self, model and n-gram chains, a tree and
+   SnapKV views equal those of `rounds="host"` in float32, for ragged batches; then coupled and rejection at T = 0.8.
 2. Capture succeeds for every drafter and verifier. If it fails, CUDA names an operation that synchronises: run
    `rounds="eager"` under `torch.cuda.set_sync_debug_mode("error")`, which points to the line.
 3. Replays advance: `number` counts them, and the tokens of captured and eager rounds are equal.
@@ -29,53 +35,35 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ...records import SpecConfig, StepRecord, UnsupportedConfig
+from ...records import KvView, SpecConfig, StepRecord, UnsupportedConfig
 from ...workload import Workload
-from ..accounts import Commit, count, step_record
 from ..attention import AttentionBackend
-from ..batch import Batch, Forward, count_forward
+from ..batch import Batch
 from ..calibrate import Ceilings
 from ..clocks import Clock
+from ..drafters import DraftCost
 from ..forced import Forced
 from ..models.fast_llama import FastLlama
 from ..models.loading import ModelPair
-from ..session import FULL, Session
+from ..session import Session
+from ..snapkv import NEVER, Lists
 from ..threads import Threads
+from .booking import Prepared, record_of, with_idle
 from .deciding import Deciding, TorchDeciding
+from .flights import FLIGHTS, ROUNDS_PER_READ, Flight, certain_rounds
 from .forced_deciding import ForcedDeciding
 from .forward import Net
-from .graphs import CapturedPlayers, EagerPlayers, Player, Players
+from .graphs import CapturedPlayers, EagerPlayers, Players
 from .kernel_deciding import KernelDeciding
 from .ops import Ops, TritonOps
-from .program import Program
-from .readings import HostPost, Letter, PinnedPost, Post, Reading, SyncedNow, end_ns, lap, readings, start_ns
+from .program import Key, Program, key_of
+from .readings import HostPost, PinnedPost, Post, Reading, SyncedNow, end_ns, readings, start_ns
 from .round import Stage
-from .state import ACCEPTED, CONTEXT, CUT, EMITTED, KNOWN, LAG, LIVE, RANKS, TOKENS, DeviceState
-
-ROUNDS_PER_READ = 8
-FLIGHTS = 2  # at once: one runs while the other is read
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """Rounds given to the device and not read yet.
-
-    first   number of its first round on the device
-    rounds  how many
-    waited_ns  host time from the request to the first of them: what the engine cost where the device had run dry
-    """
-
-    config: SpecConfig
-    player: Player
-    first: int
-    rounds: int
-    letter: Letter
-    waited_ns: int
+from .state import EMITTED, KNOWN, LIVE, TOKENS, DeviceState
 
 
 class DeviceSession(Session):
@@ -96,13 +84,14 @@ class DeviceSession(Session):
         self._ready_live: deque[tuple[bool, ...]] = deque()
         self._is_stale, self._has_flown, self._flown = True, False, SpecConfig.off()
         self._window, self._rounds_given, self._last_end_ns, self._captured_s = (-1, -1), 0, 0, 0.0
-        self._caught_up: tuple[tuple[Forward, ...], int] = (), 0
+        self._prepared = Prepared()
+        self._listed: dict[int, Lists] = {}  # what the buffers of the stage hold
         super().__init__(pair, backend, draft_backend, workload, clock, ceilings, threads, forced)
         self._ops, self._now, self._synced, self._rounds_per_read = ops, now, synced, rounds_per_read
         layers = max(runner.shape.layers for runner in (pair.target, pair.draft) if runner is not None)
         batch = self._batch
         self._state = DeviceState.of(batch.ids, sorted(self._eos), workload.max_new_tokens, rounds_per_read, layers)
-        self._programs: dict[tuple[str, str], Program] = {}
+        self._programs: dict[Key, Program] = {}
         assert isinstance(pair.target, FastLlama)
         deciding = _deciding(batch, ops)
         deciding = deciding if forced is None else ForcedDeciding(deciding, forced, batch.noise)
@@ -169,7 +158,7 @@ class DeviceSession(Session):
             self._flights.popleft().letter.open()
         self._ready.clear()
         self._ready_live.clear()
-        self._is_stale = True
+        self._is_stale, self._prepared = True, Prepared()
 
     def _land(self) -> None:
         """The host works on the batch next: its tensors follow what was read, its clock starts anew, the device waits."""
@@ -187,12 +176,17 @@ class DeviceSession(Session):
 
     @staticmethod
     def _runs_here(config: SpecConfig) -> bool:
-        return config.drafter != "ngram" and (config.view is None or config.view.kind != "snapkv")
+        return config.drafter != "ngram" or config.is_chain
+
+    def _read_text(self, config: SpecConfig) -> None:
+        """Nothing, where the device looks for n-grams itself."""
+        if not self._runs_here(config):
+            super()._read_text(config)
 
     def _fly(self, config: SpecConfig) -> None:
         """Keep the device busy with `config`, and read the oldest flight. A flight of another configuration is read first."""
         asked = self._now()
-        if not self._flights and (self._is_stale or config != self._flown):
+        if not self._flights and (self._is_stale or config != self._flown or self._left(config) <= 0):
             self._hand_over(config)
         while len(self._flights) < FLIGHTS and (not self._flights or self._flights[-1].config == config):
             rounds = self._certain(config)
@@ -203,18 +197,23 @@ class DeviceSession(Session):
 
     def _certain(self, config: SpecConfig) -> int:
         """Rounds that some row certainly needs beyond those under way, at most a flight's; at least 1 if none is under way."""
-        left = [
+        wanted = max(
             self._workload.max_new_tokens - emitted
             for emitted, live in zip(self._progress.emitted, self._batch.host_live, strict=True) if live
-        ]
-        under_way = sum(f.rounds * (f.config.depth + 1) for f in self._flights)
-        rounds = -(-(max(left) - under_way) // (config.depth + 1))
-        return min(max(rounds, 0 if self._flights else 1), self._rounds_per_read)
+        )
+        return certain_rounds(min(wanted, self._left(config)), config, self._flights, self._rounds_per_read)
+
+    def _left(self, config: SpecConfig) -> int:
+        """Tokens that a row may commit before the host must choose lists again."""
+        listed = _snapkv(config)
+        return NEVER if listed is None else self._self.snapkv.left(self._batch, listed)
 
     def _hand_over(self, config: SpecConfig) -> None:
         """Let the device start from what the host knows."""
         batch = self._batch
         known = committed = [n - 1 for n in batch.host_lengths]
+        if (listed := _snapkv(config)) is not None:
+            self._choose_lists(config, listed)
         if config.drafter == "model":
             self._catch_up(config)
             assert self._model is not None
@@ -231,34 +230,50 @@ class DeviceSession(Session):
         assert self._model is not None
         if self._model.lag(self._batch) <= 1:
             return
+        model = self._model
+        self._prepare(lambda: model.catch_up(self._batch, config, self._clock))
+
+    def _choose_lists(self, config: SpecConfig, view: KvView) -> None:
+        """Bring what `view` lists into its buffer; the next record is charged where that took a forward."""
+        self._prepare(lambda: self._self.choose(self._batch, config, self._clock))
+        lists, _ = self._self.snapkv.lists(self._batch, view)  # as just chosen
+        if view.budget not in self._stage.lists:
+            self._stage.lists[view.budget] = torch.empty_like(lists.index)
+        if self._listed.get(view.budget) is not lists:
+            self._stage.lists[view.budget].copy_(lists.index)
+            self._listed[view.budget] = lists
+
+    def _prepare(self, work: Callable[[], DraftCost]) -> None:
+        """What the host does for the next drafts, on the batch as it was read; charged to the next record."""
         self._land()
         start = self._now()
-        cost = self._model.catch_up(self._batch, config, self._clock)
+        cost = work()
         if self._synced is not None:
             self._synced.synchronize()
-        self._caught_up = cost.forwards, self._now() - start
+        self._prepared = Prepared(cost.forwards, self._now() - start)
 
     def _launch(self, config: SpecConfig, rounds: int, asked: int) -> Flight:
-        player = self._player(config)  # captured here, if it is new: capture_s, no part of waiting
+        program = self._program(config)
+        player = self._players.of(program)  # captured here, if it is new: capture_s, no part of waiting
         captured_ns, self._captured_s = int((self.capture_s - self._captured_s) * 1e9), self.capture_s
         if (window := _window_of(config)) != self._window:
             self._state.put_window(*window)
             self._window = window
-        waited = max(self._now() - asked - captured_ns, 0)
+        waited = max(self._now() - asked - captured_ns - self._prepared.ns, 0)
         first, self._rounds_given = self._rounds_given, self._rounds_given + rounds
         for _ in range(rounds):
             player.play()
-        return Flight(config, player, first, rounds, self._post.send(self._state.log), waited)
+        return Flight(config, program, player, first, rounds, self._post.send(self._state.log), waited)
 
-    def _player(self, config: SpecConfig) -> Player:
-        key = config.drafter, "" if config.tree is None else str(config.tree)
+    def _program(self, config: SpecConfig) -> Program:
+        key = key_of(config)
         if key not in self._programs:
             self._programs[key] = Program.of(config, self._state.ids.device)
         if config.drafter == "model" and self._stage.draft is None:
             assert self._model is not None
             assert isinstance(self._pair.draft, FastLlama)
             self._stage.draft = Net.of(self._pair.draft, self._model.network.cache.kv)
-        return self._players.of(self._programs[key])
+        return self._programs[key]
 
     def _read(self, flight: Flight) -> None:
         """Records of a flight, and the host's state behind it. Rounds after the last row ended are no records."""
@@ -278,7 +293,7 @@ class DeviceSession(Session):
         if not any(self._batch.host_live):
             idle_ns += self._drain_idle()
         if idle_ns and self._ready:
-            self._ready[-1] = _with_idle(self._ready[-1], idle_ns * 1e-9)
+            self._ready[-1] = with_idle(self._ready[-1], idle_ns * 1e-9)
 
     def _drain_idle(self) -> int:
         """Nanoseconds of rounds that were under way when the last row ended."""
@@ -304,44 +319,11 @@ class DeviceSession(Session):
             self._model.knows([entry[KNOWN] for entry in reading.entries])
 
     def _record_of(self, reading: Reading, flight: Flight, gap_ns: int) -> StepRecord:
-        config, entries = flight.config, reading.entries
-        (before, before_ns), self._caught_up = self._caught_up, ((), 0)
-        took, flags = lap(flight.player.phases, reading.times, gap_ns, before_ns)
-        context = tuple(entry[CONTEXT] for entry in entries)
-        target, draft = self._counts(config, list(context), [entry[LAG] for entry in entries])
-        is_tree = config.tree is not None and not config.is_chain
-        commit = Commit(
-            tuple(entry[ACCEPTED] for entry in entries),
-            tuple(tuple(entry[TOKENS : TOKENS + entry[EMITTED]]) for entry in entries),
-            tuple(bool(entry[CUT]) for entry in entries),
-            tuple(tuple(entry[RANKS : RANKS + entry[ACCEPTED]]) for entry in entries) if is_tree else (),
-        )
-        drafted = tuple(config.num_nodes * entry[LIVE] for entry in entries)
-        drafting = self._pair.draft if config.drafter == "model" and self._pair.draft else self._pair.target
-        record = step_record(
-            "round", config, self._progress, took, context, drafted, commit, count(self._pair.target, target, 0),
-            count(drafting, before + draft, 0), self._ceilings,
-        )
-        self._progress.seconds += took.wall_s
+        prepared, self._prepared = self._prepared, Prepared()
+        record = record_of(reading, flight, gap_ns, prepared, self._pair, self._progress, self._ceilings)
+        self._progress.seconds += record.wall_s
         self._progress.rounds += 1
-        return replace(record, flags=record.flags + flags) if flags else record
-
-    def _counts(
-        self, config: SpecConfig, context: list[int], lags: list[int]
-    ) -> tuple[tuple[Forward, ...], tuple[Forward, ...]]:
-        """Exact counts of the forwards of a round: of verify, and of drafting. All rows are computed."""
-        if config.is_off or config.view is None:
-            return (count_forward(context, 1, FULL),), ()
-        program, view = self._programs[config.drafter, str(config.tree)], config.view
-        behind = lags if config.drafter == "model" else [0] * len(lags)
-        first = count_forward(
-            [n - lag for n, lag in zip(context, behind, strict=True)], program.drafts[0].num_queries, view
-        )
-        if program.layout is None:
-            drafts = [first] + [count_forward(context, 1, view, step) for step in range(1, config.depth)]
-            return (count_forward(context, config.depth + 1, FULL),), tuple(drafts)
-        drafts = [first] + [level.count(context, view) for level in program.layout.levels[1:]]
-        return (program.layout.whole.count(context, FULL),), tuple(drafts)
+        return record
 
 
 def _deciding(batch: Batch, ops: Ops) -> Deciding:
@@ -353,13 +335,11 @@ def _deciding(batch: Batch, ops: Ops) -> Deciding:
     return KernelDeciding(*chosen, seed, ops.kernels)
 
 
+def _snapkv(config: SpecConfig) -> KvView | None:
+    """The view, if it lists tokens."""
+    return config.view if config.view is not None and config.view.kind == "snapkv" else None
+
+
 def _window_of(config: SpecConfig) -> tuple[int, int]:
     """Sink and recent; (0, 0) is everything."""
     return (0, 0) if config.view is None else (config.view.sink, config.view.recent)
-
-
-def _with_idle(record: StepRecord, idle_s: float) -> StepRecord:
-    """The record with the time of rounds that ran after its last row had ended."""
-    return replace(
-        record, wall_s=record.wall_s + idle_s, host_s=record.host_s + idle_s, flags=(*record.flags, "idle-rounds")
-    )

@@ -16,12 +16,13 @@ from torch import Tensor
 from ...records import MAX_DEPTH
 
 MOST_EMITTED = MAX_DEPTH + 1  # tokens of a row in one round
-CONTEXT, LIVE, LAG, ACCEPTED, EMITTED, CUT, KNOWN, TOKENS = range(8)  # columns of a row's entry; its ranks follow the tokens
-RANKS = TOKENS + MOST_EMITTED
+CONTEXT, LIVE, LAG, DRAFTED, ACCEPTED, EMITTED, CUT, KNOWN, TOKENS = range(9)  # columns of a row's entry
+RANKS = TOKENS + MOST_EMITTED  # behind its tokens
 ENTRY = RANKS + MAX_DEPTH
 MOST_MARKS = 2 * MAX_DEPTH + 6  # stamps of a round
 DRAFT_ATTENTION, ATTENTION = MOST_MARKS, MOST_MARKS + 1  # their nanoseconds, behind the stamps
 TIMES = MOST_MARKS + 2
+MATCHING = 2  # numbers per row that the look for n-grams adds up in
 WINDOW_OF_FULL = (0, 0)  # recent = 0: everything is visible
 
 
@@ -38,6 +39,7 @@ class DeviceState:
     window     [3] int32: sinks and window of the draft's view, how far back sinks are seen. Values, so never part of a graph
     eos        [E] tokens that end a text
     limit      [1] tokens per turn
+    matching   [B, MATCHING] zero between rounds
     log        [rounds, B * ENTRY + TIMES]
     verify_stamps, draft_stamps  [layers, 2] and [MAX_DEPTH, layers, 2]: start and end of attention in every layer
     """
@@ -51,6 +53,7 @@ class DeviceState:
     window: Tensor
     eos: Tensor
     limit: Tensor
+    matching: Tensor
     log: Tensor
     verify_stamps: Tensor
     draft_stamps: Tensor
@@ -66,8 +69,8 @@ class DeviceState:
         return cls(
             ids, zeros(batch), zeros(batch, dtype=torch.bool), zeros(batch), zeros(batch), zeros(1),
             zeros(3, dtype=torch.int32), torch.tensor(sorted(eos), dtype=torch.int64, device=device),
-            torch.full((1,), limit, dtype=torch.int64, device=device), zeros(rounds, batch * ENTRY + TIMES),
-            zeros(layers, 2), zeros(MAX_DEPTH, layers, 2),
+            torch.full((1,), limit, dtype=torch.int64, device=device), zeros(batch, MATCHING),
+            zeros(rounds, batch * ENTRY + TIMES), zeros(layers, 2), zeros(MAX_DEPTH, layers, 2),
         )
 
     @property

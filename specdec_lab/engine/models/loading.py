@@ -57,7 +57,7 @@ def load(
 
     model, draft  "demo" (the shipped pair), "needle" (the retrieval model, shipped without a draft), a folder, a hub name, or a
                   transformers causal LM; "random:NAME" has the sizes of a published model and random weights, for timing:
-                  llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or (to try commands) tiny and tiny-draft
+                  llama-3.1-8b, llama-2-7b-32k, qwen3-1.7b, draft-1b, or (to try commands) tiny, tiny-draft and tiny-square
     dtype         auto: float32 on a CPU, the model's own elsewhere
     kv_dtype      of the KV cache; auto: as dtype
     runner        auto: FastLlama where it can (`fast`), else HFRunner (`hf`)

@@ -79,6 +79,14 @@ def _tiny_draft() -> Any:
     )
 
 
+def _tiny_square() -> Any:
+    """As tiny, with heads that fill the hidden size, as some programs take for granted."""
+    return _llama(
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=False,
+    )
+
+
 def _llama(**sizes: Any) -> Any:
     from transformers import LlamaConfig
 
@@ -92,7 +100,7 @@ def _llama3_rope(factor: float) -> dict[str, Any]:
 
 CONFIGS: Mapping[str, Callable[[], Any]] = {
     "llama-3.1-8b": _llama_3_1_8b, "llama-2-7b-32k": _llama_2_7b_32k, "qwen3-1.7b": _qwen3_1_7b, "draft-1b": _draft_1b,
-    "tiny": _tiny, "tiny-draft": _tiny_draft,
+    "tiny": _tiny, "tiny-draft": _tiny_draft, "tiny-square": _tiny_square,
 }
 
 

@@ -18,6 +18,7 @@ from ....engine.conformance.judging import ALLOWED
 from ....records import Cell
 from ...kernel_shapes import KernelShape
 from .. import tools
+from ..attempts import one_by_one
 from ..attention_calls import Stage, error_of, layer_bytes
 from ..context import Context
 from ..kernel_cases import kernel_rows
@@ -36,13 +37,12 @@ MANY = KernelCell(KernelShape.parse("32x4k/8x128g4"), 5)  # fills every multipro
 
 def stage(context: Context) -> Iterator[Row]:
     """Conformance per back end, kernel cases, device rounds, bits, offsets, memory checker, counted bytes."""
-    yield from _conformance(context)
-    yield from kernel_rows(context)
-    yield from round_rows(context)
-    yield from _bits(context)
-    yield from _far_offsets(context)
-    yield from _sanitizer(context)
-    yield from _counted(context)
+    parts = {
+        "conformance": _conformance, "kernels": kernel_rows, "device rounds": round_rows, "bits": _bits,
+        "far offsets": _far_offsets, "sanitizer": _sanitizer, "counted bytes": _counted,
+    }  # fmt: skip
+    for what, rows in parts.items():
+        yield from one_by_one(context, what, rows(context))
 
 
 def _conformance(context: Context) -> Iterator[Row]:
@@ -59,10 +59,10 @@ def _conformance(context: Context) -> Iterator[Row]:
     seconds = CONFORMANCE_SHARE * context.seconds / max(len(able), 1)
     for name, need in able:
         context.checkpoint(f"conformance of {name}")
-        yield _judged(context, name, need, seconds)
+        yield from one_by_one(context, f"conformance {name} {_dtype(need.dtype)}", _judged(context, name, need, seconds))
 
 
-def _judged(context: Context, name: str, need: Need, seconds: float) -> Row:
+def _judged(context: Context, name: str, need: Need, seconds: float) -> Iterator[Row]:
     """As many cases as fit, worst first in what is said."""
     every, verdicts, started = list(cases(need)), [], context.now()
     random.Random(0).shuffle(every)
@@ -74,7 +74,8 @@ def _judged(context: Context, name: str, need: Need, seconds: float) -> Row:
     report, bar = Report(name, tuple(verdicts)), BARS[need.dtype]
     what = f"{name} {_dtype(need.dtype)} {need.head_dim}g{need.group}"
     if not ran:
-        return Row("refused", what, reason="; ".join(report.refusals))
+        yield Row("refused", what, reason="; ".join(report.refusals))
+        return
     # a case may allow more than its dtype does, where its scores are large: all are put on one scale
     worst = max(ran, key=lambda verdict: verdict.error / verdict.allowed)
     error = worst.error / worst.allowed * ALLOWED[need.dtype]
@@ -84,7 +85,7 @@ def _judged(context: Context, name: str, need: Need, seconds: float) -> Row:
     reason = "; ".join(faults) if faults else f"worst: {worst.case.name}"
     words = f"error at most {bar if is_ours else ALLOWED[need.dtype]:.0e}, no fault"
     values = {"cases": len(ran), "of_cases": len(every), "worst_error": error, "faulty": len(report.faulty)}
-    return Row("conformance", what, values, PASS if is_right else RED, words, reason=reason[:300])
+    yield Row("conformance", what, values, PASS if is_right else RED, words, reason=reason[:300])
 
 
 def _bits(context: Context) -> Iterator[Row]:

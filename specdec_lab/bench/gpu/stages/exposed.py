@@ -15,7 +15,9 @@ from torch import Tensor
 
 from specdec_kernels.tree_attention import gpu
 
+from ....engine.loop import Engine
 from ....records import Cell, SpecConfig
+from ..attempts import one_by_one
 from ..attention_calls import Stage, layer_bytes, read_bytes
 from ..context import Context
 from ..ledger import Row, bar_verdict
@@ -35,8 +37,8 @@ def stage(context: Context) -> Iterator[Row]:
     """Per attention cell: real, aliased, stamped. Per length: a plain step against a plain step of next to no context."""
     for cell in context.sizes.exposed:
         context.checkpoint(str(cell))
-        yield from _aliased(context, cell)
-    yield from _context_cost(context)
+        yield from one_by_one(context, f"aliased {cell}", _aliased(context, cell))
+    yield from one_by_one(context, "cost of context", _context_cost(context))
 
 
 def alias_mask(cell: KernelCell, itemsize: int, l2_bytes: int) -> int:
@@ -115,21 +117,25 @@ def _stamped(context: Context, board: Stage, seconds: float) -> Iterator[Row]:
 def _context_cost(context: Context) -> Iterator[Row]:
     model = context.sizes.models[0]
     engine = engine_for(context, model)
-    rounds = context.sizes.rounds
-    new_tokens = tokens_for(OFF, rounds)
     for wanted in model.cells:
         context.checkpoint(f"cost of context {wanted}")
-        cell, note = fitting(context, engine, wanted, new_tokens)
-        if note is not None:
-            yield note
-        if cell is None:
-            continue
-        steps = {}
-        for at in (cell, Cell(cell.batch, TINY_LENGTH)):
-            run = rounds_of(assumed(engine, at, new_tokens), OFF, rounds)
-            steps[at] = median(step.wall_s for step in run.rounds)
-            labels = run.header.labels
-        long_s, tiny_s = steps[cell], steps[Cell(cell.batch, TINY_LENGTH)]
-        yield Row("cost of context", f"{model.name} {cell}", {
-            "context_cost_s": long_s - tiny_s, "step_s": long_s, "tiny_step_s": tiny_s, "share": 1 - tiny_s / long_s,
-        }, labels=labels)  # fmt: skip
+        yield from one_by_one(context, f"cost of context {wanted}", _cost_in(context, engine, model.name, wanted))
+
+
+def _cost_in(context: Context, engine: Engine, name: str, wanted: Cell) -> Iterator[Row]:
+    rounds = context.sizes.rounds
+    new_tokens = tokens_for(OFF, rounds)
+    cell, note = fitting(context, engine, wanted, new_tokens)
+    if note is not None:
+        yield note
+    if cell is None:
+        return
+    steps = {}
+    for at in (cell, Cell(cell.batch, TINY_LENGTH)):
+        run = rounds_of(assumed(engine, at, new_tokens), OFF, rounds)
+        steps[at] = median(step.wall_s for step in run.rounds)
+        labels = run.header.labels
+    long_s, tiny_s = steps[cell], steps[Cell(cell.batch, TINY_LENGTH)]
+    yield Row("cost of context", f"{name} {cell}", {
+        "context_cost_s": long_s - tiny_s, "step_s": long_s, "tiny_step_s": tiny_s, "share": 1 - tiny_s / long_s,
+    }, labels=labels)  # fmt: skip

@@ -15,6 +15,7 @@ from ....records import Cell, SpecConfig
 from ....summary import paired_ratio
 from ....view.panels import Panel, Picture, Points
 from ....view.panels_svg import picture_svg
+from ..attempts import one_by_one
 from ..context import Context
 from ..ledger import Row
 from ..models import engine_for, fitting, opened, rounds_of, tokens_for
@@ -33,9 +34,10 @@ def stage(context: Context) -> Iterator[Row]:
         for length in context.sizes.headline:
             for batch in context.sizes.batches:
                 context.checkpoint(f"{batch}x{length}")
-                for row in _cell(context, engine, model.name, Cell(batch, length)):
+                wanted = Cell(batch, length)
+                for row in one_by_one(context, f"{model.name} {wanted}", _cell(context, engine, model.name, wanted)):
                     if row.kind == "headline":
-                        found[Cell(batch, length)] = row
+                        found[wanted] = row
                     yield row
     finally:
         if found:

@@ -6,29 +6,60 @@ divided by the calibrated read ceiling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
 import torch
 
 from ....engine.conformance.judging import allowed_error
-from ..attention_calls import Call, Stage, best, error_of, layer_bytes, others, ours, read_bytes
+from ..attempts import one_by_one, one_of_theirs
+from ..attention_calls import COMPILED, QUICK, Call, Stage, best, error_of, layer_bytes, others, ours, read_bytes
 from ..context import Context, release
+from ..layouts import layout_rows
 from ..ledger import MISS, RED, Row, bar_verdict
-from ..round_calls import round_calls
+from ..round_calls import RoundCall, round_calls
 from ..sizes import KernelCell
 from ..timing import Timing, is_valid, rotation, speed_flags
 
+COMPILES_S = {"flex": 15.0, "flashinfer": 60.0}  # assumed, not measured
+
 
 def stage(context: Context) -> Iterator[Row]:
-    """A row per cell and contestant, then the small kernels; what compiles anew for every shape comes last, if time is left."""
+    """A row per cell and contestant, both layouts, small kernels; what compiles for every shape is last, if time is left."""
+    yield from _once(_everything(context))
+
+
+def _everything(context: Context) -> Iterator[Row]:
     for cell in context.sizes.kernels:
         context.checkpoint(str(cell))
-        yield from measure(context, cell)
-    yield from _round_kernels(context)
+        yield from one_by_one(context, str(cell), measure(context, cell))
+    for cell in context.sizes.layouts:
+        context.checkpoint(f"layouts {cell}")
+        yield from one_by_one(context, f"layouts {cell}", layout_rows(context, cell))
+    yield from one_by_one(context, "kernels of a round", _round_kernels(context))
+    for name in COMPILED:
+        yield from _compiled(context, name)
+
+
+def _once(rows: Iterable[Row]) -> Iterator[Row]:
+    """What a contestant cannot do for one reason in every cell is said at the first."""
+    told = set()
+    for row in rows:
+        key = (row.what.rpartition(" ")[2], row.reason)
+        if row.kind != "refused" or key not in told:
+            yield row
+        told.add(key)
+
+
+def _compiled(context: Context, name: str) -> Iterator[Row]:
+    """A contestant that compiles when it first sees a shape, which nothing can cut short, as far as the time goes."""
     for cell in context.sizes.kernels:
-        context.checkpoint(f"{cell} of what compiles for seconds")
-        yield from measure(context, cell, is_slow=True)
+        context.checkpoint(f"{cell} {name}")
+        if not context.has_time_for(COMPILES_S[name]):
+            yield Row("left out", f"{cell} {name}", reason=f"it and the cells after it: compiling is taken to need "
+                      f"{COMPILES_S[name]:.0f} s (assumed), {context.left_s:.0f} s are left")
+            return
+        yield from one_of_theirs(context, f"{cell} {name}", measure_others(context, cell, (name,)))
 
 
 def _round_kernels(context: Context) -> Iterator[Row]:
@@ -40,31 +71,49 @@ def _round_kernels(context: Context) -> Iterator[Row]:
     release(context.device)
     for call in round_calls(size, dtype, context.device):
         context.checkpoint(call.name)
-        timing = context.timed(call.launch, call.turns)
-        values = {**timing.to_dict(), "moved_bytes": call.moved_bytes,
-                  "achieved_bytes_per_s": call.moved_bytes / timing.seconds, "turns": call.turns}
-        verdict = bar_verdict(-timing.seconds, -call.pass_s)
-        what, bar = f"{call.name} {size.batch}x{size.drafted + 1}", f"at most {call.pass_s * 1e6:.0f} us"
-        yield Row("round kernel", what, values, verdict, bar)
+        yield from one_by_one(context, call.name, _round_kernel(context, call))
 
 
-def measure(context: Context, cell: KernelCell, *, is_slow: bool = False) -> Iterator[Row]:
-    """All contestants in one cell, or those that compile for seconds."""
+def _round_kernel(context: Context, call: RoundCall) -> Iterator[Row]:
+    size, timing = context.sizes.round_size, context.timed(call.launch, call.turns)
+    values = {**timing.to_dict(), "moved_bytes": call.moved_bytes,
+              "achieved_bytes_per_s": call.moved_bytes / timing.seconds, "turns": call.turns}
+    verdict = bar_verdict(-timing.seconds, -call.pass_s)
+    what, bar = f"{call.name} {size.batch}x{size.drafted + 1}", f"at most {call.pass_s * 1e6:.0f} us"
+    yield Row("round kernel", what, values, verdict, bar)
+
+
+def measure(context: Context, cell: KernelCell) -> Iterator[Row]:
+    """Ours, and all others that start at once."""
+    board = _board(context, cell)
+    if isinstance(board, Row):
+        yield board
+        return
+    for made in ours(board):
+        yield _row(context, board, made, is_ours=True)
+    for made in others(board, QUICK):
+        yield _row(context, board, made, is_ours=False)
+
+
+def measure_others(context: Context, cell: KernelCell, names: Iterable[str]) -> Iterator[Row]:
+    """These of the others; nothing where the cell does not fit, which `measure` has said."""
+    board = _board(context, cell)
+    if isinstance(board, Stage):
+        for made in others(board, names):
+            yield _row(context, board, made, is_ours=False)
+
+
+def _board(context: Context, cell: KernelCell) -> Stage | Row:
+    """A cell's caches, or the row that says what they would need."""
     dtype: torch.dtype = getattr(torch, context.sizes.dtype)
     needed, free = layer_bytes(cell, dtype.itemsize), context.free_bytes
     if needed > free:
         most = int(cell.shape.cell.batch * free // needed)
-        if not is_slow:
-            yield Row("left out", str(cell), {"needed_bytes": needed, "free_bytes": int(free), "largest_batch": most},
-                      reason="one layer of it does not fit")
-        return
+        return Row("left out", str(cell), {"needed_bytes": needed, "free_bytes": int(free), "largest_batch": most},
+                   reason="one layer of it does not fit")
     # half of what is free stays for what others make of it: copies of windows, float64 of a row
     layers = rotation(read_bytes(cell, dtype.itemsize), needed, max(free / 2, needed), context.sizes.most_layers)
-    board = Stage(cell, layers, dtype, context.device)
-    for made in () if is_slow else ours(board):
-        yield _row(context, board, made, is_ours=True)
-    for made in others(board, is_slow=is_slow):
-        yield _row(context, board, made, is_ours=False)
+    return Stage(cell, layers, dtype, context.device)
 
 
 def _row(context: Context, board: Stage, made: Call | tuple[str, str], *, is_ours: bool) -> Row:

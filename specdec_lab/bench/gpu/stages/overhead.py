@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from ....engine.models.loading import ModelPair
 from ....records import RANDOM_WEIGHTS, Cell, SpecConfig
 from ....workload import Workload
 from ...overhead import overhead
+from ..attempts import one_by_one
 from ..context import Context
 from ..ledger import Row, bar_verdict
 from ..models import engine_for, random_text, tokens_for
@@ -24,15 +26,22 @@ def stage(context: Context) -> Iterator[Row]:
     def text(cell: Cell) -> Workload:
         return random_text(cell, new_tokens, pair.target.shape.vocab)
 
+    for config in configs:
+        what = f"{model.name} {sizes.overhead_cell} {config}"
+        context.checkpoint(what)
+        yield from one_by_one(context, what, _measured(context, pair, config, text))
+
+
+def _measured(context: Context, pair: ModelPair, config: SpecConfig, text: Callable[[Cell], Workload]) -> Iterator[Row]:
+    sizes, most = context.sizes, MOST[context.is_gpu]
     report = overhead(
-        pair, sizes.overhead_cell, configs, rounds=sizes.overhead_rounds, blocks=sizes.overhead_blocks, workload=text
+        pair, sizes.overhead_cell, (config,), rounds=sizes.overhead_rounds, blocks=sizes.overhead_blocks, workload=text
     )
-    most = MOST[context.is_gpu]
     for found in report.results:
         values = {
             "median_ratio": found.median_ratio, "mean_ratio": found.ratio.mean, "low": found.ratio.low,
             "high": found.ratio.high, "bare_step_s": found.step_s, "rounds": found.rounds, "blocks": found.ratio.num_blocks,
         }  # fmt: skip
         verdict = bar_verdict(-found.median_ratio, -most)
-        what, bar = f"{model.name} {found.cell} {found.config}", f"at most {most:.2f} of a bare round"
+        what, bar = f"{context.sizes.models[0].name} {found.cell} {found.config}", f"at most {most:.2f} of a bare round"
         yield Row("overhead", what, values, verdict, bar, labels=(RANDOM_WEIGHTS,))

@@ -14,6 +14,7 @@ from ....costs import Limits, forward_floor
 from ....engine.loop import Engine, OpenSession
 from ....records import Cell, Run, SpecConfig
 from ....sensors import Absent, joules_per_token
+from ..attempts import one_by_one
 from ..context import Context
 from ..ledger import Row, bar_verdict
 from ..models import LABELS, assumed, engine_for, fitting, opened, rounds_of, tokens_for, tokens_in
@@ -30,16 +31,19 @@ def stage(context: Context) -> Iterator[Row]:
     """A row per model and cell, then a row per bar; and for a check the attention that the profiler saw."""
     for model in context.sizes.models:
         context.checkpoint(model.name)
-        engine = engine_for(context, model)
-        yield Row("model", model.name, {
-            "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(engine.pair.target.dtype.itemsize),
-            "kv_bytes_per_token": model.shape.kv_bytes_per_token(engine.pair.target.kv_dtype.itemsize),
-        }, labels=LABELS, reason=f"attention by {engine.backend.name}, rounds {engine.rounds.spelled or engine.rounds.mode}")
-        for cell in model.cells:
-            context.checkpoint(f"{model.name} {cell}")
-            yield from _cell(context, engine, model, cell)
-        yield from _profiled(context, engine, model)
-        del engine
+        yield from one_by_one(context, model.name, _model(context, model))
+
+
+def _model(context: Context, model: ModelCells) -> Iterator[Row]:
+    engine = engine_for(context, model)
+    yield Row("model", model.name, {
+        "parameters": model.shape.params, "weight_bytes": model.shape.weight_bytes(engine.pair.target.dtype.itemsize),
+        "kv_bytes_per_token": model.shape.kv_bytes_per_token(engine.pair.target.kv_dtype.itemsize),
+    }, labels=LABELS, reason=f"attention by {engine.backend.name}, rounds {engine.rounds.spelled or engine.rounds.mode}")
+    for cell in model.cells:
+        context.checkpoint(f"{model.name} {cell}")
+        yield from one_by_one(context, f"{model.name} {cell}", _cell(context, engine, model, cell))
+    yield from one_by_one(context, f"{model.name} under the profiler", _profiled(context, engine, model))
 
 
 def _cell(context: Context, engine: Engine, model: ModelCells, wanted: Cell) -> Iterator[Row]:
