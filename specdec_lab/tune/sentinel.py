@@ -9,10 +9,12 @@ alone, so a policy can be rebuilt. Not known here: who measures them, and when (
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..records import Cell
 from .db import Measurement
 
 KIND = "sentinel"
@@ -43,8 +45,12 @@ def variation(sentinels: Iterable[Measurement]) -> float | None:
 
     From the differences of neighbours in time, so that a machine which changed once and stayed so does not count as unsteady.
     """
-    shifts = [m.summary["shift"] for m in sentinels if _is_good(m) and "shift" in m.summary]
-    return math.sqrt(sum(s * s for s in shifts) / len(shifts) / 2) if len(shifts) >= MIN_SHIFTS else None
+    by_worker: dict[tuple[str, str, Cell], list[float]] = defaultdict(list)
+    for m in sentinels:
+        if _is_good(m) and "shift" in m.summary:
+            by_worker[m.run, m.worker, m.cell].append(m.summary["shift"])
+    shifts = [s for several in by_worker.values() if len(several) >= MIN_SHIFTS for s in several]
+    return math.sqrt(sum(s * s for s in shifts) / len(shifts) / 2) if shifts else None
 
 
 def _is_good(record: Measurement) -> bool:
