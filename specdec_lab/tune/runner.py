@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +121,13 @@ class BlockRunner:
             summary={**summarize_runs([sample]), **summary}, env=about,
         ))  # fmt: skip
 
-    def open_sentinel(self, worker: str) -> Measurement | None:
-        """The sentinel since which an earlier call of this run measured with this worker, if no other has followed it."""
-        mine = [m for m in self._database.standing() if (m.run, m.worker) == (self._set.run, worker) and m.id not in self.fresh]
+    def open_sentinel(self, worker: str, cells: Collection[Cell]) -> Measurement | None:
+        """The sentinel since which an earlier call of this run measured with this worker, if no other has followed it.
+
+        cells  of this run's plan: another shard's worker may have the same name
+        """
+        before = (m for m in self._database.standing() if m.id not in self.fresh and m.cell in cells)
+        mine = [m for m in before if (m.run, m.worker) == (self._set.run, worker)]
         followed = {m.design.pair_of for m in mine if m.kind == "sentinel"}
         used = [m.env["sentinel"] for m in mine if "sentinel" in m.env]
         last = used[-1] if used and used[-1] not in followed else None

@@ -46,7 +46,7 @@ class Tuner:
         self.states: dict[Cell, State] = {cell: ("infeasible", reason) for cell, reason in plan.infeasible.items()}
         self.states |= folder.finished
         self._crew = Crew(executor, plan, ending, self.states)
-        self._watch = Watch(self.runner, executor.names, setting.clock, self._reopen)
+        self._watch = Watch(self.runner, executor.names, plan.cells, setting.clock, self._reopen)
         self._is_last_stage = plan.shard.count == 1 or self._is_everything_tuned()
         self._leaders: dict[Cell, tuple[SpecConfig, float]] = {}
         self._race_s: dict[Cell, float] = {}

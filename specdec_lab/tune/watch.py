@@ -6,6 +6,7 @@ Not known here: which cells are searched again (the tuner says, by `reopen`), wh
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +50,10 @@ class Watch:
     reopen see there
     """
 
-    def __init__(self, runner: BlockRunner, names: tuple[str, ...], clock: Clock, reopen: Reopen) -> None:
-        self._runner, self._names, self._clock, self._reopen = runner, names, clock, reopen
+    def __init__(
+        self, runner: BlockRunner, names: tuple[str, ...], cells: Collection[Cell], clock: Clock, reopen: Reopen
+    ) -> None:
+        self._runner, self._names, self._cells, self._clock, self._reopen = runner, names, cells, clock, reopen
         self._posts: dict[int, _Post] = {}
         self._history: dict[int, list[Measurement]] = {}
         self._slowdown = 0.0
@@ -58,7 +61,7 @@ class Watch:
 
     def begin(self, worker: int, cell: Cell, seconds: float, record: Measurement) -> None:
         """Plain decoding that was measured just now is the worker's sentinel from here on, unless it has one."""
-        if worker not in self._posts and self._runner.open_sentinel(self._names[worker]) is None:
+        if worker not in self._posts and self._runner.open_sentinel(self._names[worker], self._cells) is None:
             self._good(worker, _Post(cell, seconds, record, self._clock()), record)
 
     def alone(self, cell: Cell, seconds: float) -> RunSample:
@@ -84,7 +87,7 @@ class Watch:
             if self._clock() - post.at >= PERIOD_S:
                 self._judge(worker, post)
             return
-        before = self._runner.open_sentinel(self._names[worker])
+        before = self._runner.open_sentinel(self._names[worker], self._cells)
         if before is not None and self._runner.may_measure(before.cell, worker):
             self._judge(worker, _Post(before.cell, seconds, before, -math.inf))  # what that call measured is flagged at most
         else:
