@@ -35,7 +35,8 @@ from specdec_lab.tune.folder import RunFolder
 from specdec_lab.workload import KINDS
 
 VERBS = (
-    "load", "run", "profile", "tune", "policy", "export", "replay", "doctor", "limits", "bench", "gpu", "acceptance", "demo"
+    "load", "run", "profile", "tune", "resume", "db", "policy", "export", "replay", "doctor", "limits", "bench", "gpu",
+    "acceptance", "demo",
 )  # fmt: skip
 
 

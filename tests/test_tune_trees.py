@@ -19,7 +19,7 @@ from specdec_lab.tune.db import Design, Measurement
 from specdec_lab.tune.grid import with_trees
 from specdec_lab.tune.probe import counts_of, parts_of
 from tree_world import DRAFT, TARGET, TreeWorld
-from world import IDENTITY, spec
+from world import IDENTITY, identifiers, spec
 
 PROBE = ProbePlan(least_s=0.001, most_s=20.0)
 
@@ -260,7 +260,7 @@ def test_an_interrupted_probe_or_race_resumes_to_the_same_policy(tmp_path, monke
     assert "interrupted" in partial.header["labels"]
     again = tuned(tmp_path / "cut", TreeWorld(), budget_s=1e6, made=BRIEF)
     assert [row.to_dict() for row in again.table] == [row.to_dict() for row in whole.table]
-    ids = [{m.id for m in Database(tmp_path / side / "db", IDENTITY, "tiny")} for side in ("whole", "cut")]
+    ids = [identifiers(tmp_path / side) for side in ("whole", "cut")]
     assert ids[0] == ids[1]
 
 

@@ -8,14 +8,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..policy import Policy
 from ..records import Cell, fingerprint
-from ..tune import SNAPKV_BUDGETS, Database, Plan, ProbePlan, Processes, Progress, Protocol, find_database, make_plan, tune
+from ..tune import (
+    SNAPKV_BUDGETS,
+    CellShard,
+    Database,
+    Executor,
+    Plan,
+    ProbePlan,
+    Processes,
+    Progress,
+    Protocol,
+    RayActors,
+    find_database,
+    make_plan,
+    tune,
+)
 from ..tune.assemble import refuse_forced
 from ..tune.folder import RunFolder
+from ..tune.shard import ALL
 from ..workload import Sampling, Workload
 from .recipe import EngineRecipe
 from .sessions import Sessions
@@ -30,7 +46,9 @@ RUNS = Path("runs")
 class Tuning:
     """A tuning that is ready to run. Running it again resumes where it stopped.
 
-    recipe, devices  of worker processes, one per device; without devices the engine itself is measured, in this process
+    recipe   of the engine in workers; None = the engine itself is measured, in this process
+    devices  a worker process for each
+    actors   so many workers that Ray places, where there are no devices
     """
 
     engine: Engine
@@ -44,12 +62,15 @@ class Tuning:
     allow_forced: bool = False
     recipe: EngineRecipe | None = None
     devices: tuple[str, ...] = ()
+    actors: int = 0
+    remeasure: bool = False
 
     def check(self) -> None:
         """Raise now what would end the run: a database or folder that cannot be written, another plan, another tuner."""
         refuse_forced([str(self.engine.identity().base.get("acceptance", ""))], self.allow_forced)
         self.database.check_writable()
-        with RunFolder(self.run_dir, self.plan, self.engine.identity(), self.workload, self.temperature, self.seed):
+        experiment = (self.workload, self.temperature, self.seed, self.remeasure)
+        with RunFolder(self.run_dir, self.plan, self.engine.identity(), *experiment):
             pass
 
     def run(
@@ -57,19 +78,24 @@ class Tuning:
     ) -> Policy:
         """Measure and return the policy; an interrupt or `stop()` ends it early with everything recorded.
 
-        raises  WorkerCannotStart where a device's process ended before it could measure
+        raises  WorkerCannotStart where a worker ended before it could measure, or there is no Ray
         """
         if self.recipe is None:
             return self._tune(self.sessions, report, stop)
-        base = self.engine.identity().base_fingerprint
-        with Processes(self.recipe, self.devices, base, self.run_dir / "workers") as workers:
+        with self._executor(self.recipe) as workers:
             return self._tune(workers, report, stop)
 
-    def _tune(self, measure: Sessions | Processes, report: Callable[[Progress], None], stop: Callable[[], bool]) -> Policy:
+    def _executor(self, recipe: EngineRecipe) -> Processes | RayActors:
+        base = self.engine.identity().base_fingerprint
+        if self.devices:
+            return Processes(recipe, self.devices, base, self.run_dir / "workers")
+        return RayActors(recipe, self.actors, self.engine.pair.target.device.type, base)
+
+    def _tune(self, measure: Sessions | Executor, report: Callable[[Progress], None], stop: Callable[[], bool]) -> Policy:
         return tune(
             self.plan, measure, self.engine.identity(), self.database, run_dir=self.run_dir, workload=self.workload,
             temperature=self.temperature, seed=self.seed, report=report, stop=stop,
-            allow_forced=self.allow_forced,
+            allow_forced=self.allow_forced, remeasure=self.remeasure,
         )
 
 
@@ -77,18 +103,21 @@ def prepare(
     engine: Engine, batches: Sequence[int], lengths: Sequence[int], budget_s: float, *, workload: str = "prose",
     texts: Callable[[Cell], Workload] | None = None, database: str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None, sampling: Sampling | None = None, protocol: Protocol | None = None,
-    allow_forced: bool = False, recipe: EngineRecipe | None = None, devices: Sequence[str] = (),
+    allow_forced: bool = False, recipe: EngineRecipe | None = None, devices: Sequence[str] = (), actors: int = 0,
+    shard: CellShard | None = None, remeasure: bool = False,
 ) -> Tuning:
     """A tuning of this engine; nothing is measured or written yet.
 
     workload  a kind of shipped held-out text, or the name under which the prompts that `texts` gives are recorded
     database  where measurements go; found as `specdec_lab.tune.find_database` does when left out
     allow_forced  write a policy although acceptance is forced
-    run_dir   when left out, one made from what is tuned, so that the same call resumes
-    recipe    makes this engine again in a process of each of `devices`, which measure cells side by side
+    run_dir   when left out, one made from what is tuned, so that the same call resumes; a shard adds its own ending
+    recipe    makes this engine again in a process of each of `devices`, or in so many `actors`, which measure side by side
+    shard     tune these cells alone, into a database of their own (in the run folder) unless one is given
+    remeasure use nothing that is recorded, in a new run folder
     """
-    if (recipe is None) != (not devices):
-        raise ValueError("workers need both a recipe and devices")
+    if (recipe is None) != (not devices and not actors) or (devices and actors):
+        raise ValueError("workers need a recipe, and either devices or a number of actors")
     sampling = sampling or {}
     sessions = Sessions(engine, texts or workload, sampling=sampling)
     identity, pair = engine.identity(), engine.pair
@@ -96,14 +125,30 @@ def prepare(
     plan = make_plan(
         batches, lengths, budget_s, tuple(identity.drafters), fits=sessions.why_not, protocol=protocol,
         snapkv=SNAPKV_BUDGETS if has_lists else (), probe=ProbePlan(),
-        lanes=max(len(devices), 1),
+        lanes=max(len(devices), actors, 1),
     )  # fmt: skip
     draft = pair.draft.name if pair.draft else "model"
     temperature, seed = sampling.get("temperature", 0.0), sampling.get("seed", 0)
-    same = (plan.to_dict(), identity.base, identity.drafters, temperature, seed)
-    folder = RUNS / f"tune-{workload}-{fingerprint({'same': same})[:8]}"
+    whole = plan.of_shard(CellShard(ALL, shard.count)) if shard else plan
+    same = (whole.to_dict(), identity.base, identity.drafters, temperature, seed)
+    folder = Path(run_dir) if run_dir else RUNS / f"tune-{workload}-{fingerprint({'same': same})[:8]}"
+    if remeasure and not run_dir:
+        folder = _fresh(folder, shard.suffix if shard else "")
+    if shard:
+        plan, folder = plan.of_shard(shard), folder.with_name(folder.name + shard.suffix)
+    is_own = database is None and shard is not None and not shard.is_whole
+    records = folder / "tuning_db" if is_own else find_database(database).path
     return Tuning(
-        engine, plan, sessions, Database(find_database(database).path, identity, Path(pair.name).name, draft),
-        Path(run_dir) if run_dir else folder, workload, temperature, seed,
-        allow_forced, recipe, tuple(devices),
+        engine, plan, sessions, Database(records, identity, Path(pair.name).name, draft), folder, workload, temperature, seed,
+        allow_forced, recipe, tuple(devices), actors, remeasure,
     )
+
+
+def _fresh(folder: Path, suffix: str) -> Path:
+    """A run folder beside this one in which nothing was finished yet."""
+    for number in count(1):
+        candidate = folder.with_name(f"{folder.name}-again{number}")
+        policy = candidate.with_name(candidate.name + suffix) / "policy.json"
+        if not policy.exists() or {"partial", "interrupted"} & set(Policy.load(policy).header["labels"]):
+            return candidate
+    raise AssertionError("counting does not end")

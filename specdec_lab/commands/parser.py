@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..records import Cell, parse_count
 from .mistakes import UserMistake
-from .spelling import positive, seconds, spelled, split_cells, split_configs, split_counts
+from .spelling import cells_shard, positive, seconds, spelled, split_cells, split_configs, split_counts
 
 WORKLOADS = ("prose", "code", "revision", "conversation", "needle")
 LOADS = (*WORKLOADS, "random")
 ENGINES = ("vllm", "sglang", "tensorrt_llm", "transformers", "llama_cpp")
 ROUNDS = ("auto", "host", "eager", "device")
+EXECUTORS = ("inline", "process", "ray")
 SHELL, NOTEBOOK = "specdec-lab", "%specdec"
 EXIT_CODES = """
 exit codes: 0 done, 1 measured but a check is red, 2 a mistake in what was asked, 3 the budget ended before all cells were
@@ -49,11 +50,12 @@ def build_parser(prog: str = SHELL) -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     from .acceptance_parser import add_acceptance
     from .bench_parser import add_bench
+    from .database_parser import add_db
     from .gpu_parser import add_gpu
     from .limits_parser import add_limits
 
-    known = (_load, _run, _profile, _tune, _policy, _export, _replay, _doctor, add_limits, add_bench, add_gpu, add_acceptance)
-    for add in (*known, _demo):
+    measuring = (_load, _run, _profile, _tune, _resume, add_db, _policy, _export, _replay)
+    for add in (*measuring, _doctor, add_limits, add_bench, add_gpu, add_acceptance, _demo):
         add(Verbs(verbs, prog))
     if prog == NOTEBOOK:
         _stop(Verbs(verbs, prog))
@@ -137,6 +139,7 @@ def _tune(verbs: Verbs) -> None:
     verb = verbs.add(
         "tune", "search the best configuration per batch size and length, and write a policy",
         "--batches 1,4,8 --lengths 512,1k,4k --budget 120s", "--batches 8 --lengths 4k --workload revision --dry-run",
+        "--devices cuda:0,cuda:1", "--cells-shard 2/8",
         handler="tuning:tune",
     )
     verb.add_argument("--batches", type=spelled(split_counts), default=(1, 4, 8), metavar="N,...", help="default: 1,4,8")
@@ -149,10 +152,26 @@ def _tune(verbs: Verbs) -> None:
     verb.add_argument("--out", default="policy.json", metavar="FILE", help="where the policy goes (default: policy.json)")
     verb.add_argument("--devices", metavar="NAME,...",
                       help="measure cells side by side, a process per device: cuda:0,cuda:1 (default: this process alone)")
+    verb.add_argument("--executor", choices=EXECUTORS,
+                      help="who measures: inline, this process; process, one per device; ray, actors with a GPU each (default: "
+                           "process with --devices, else inline)")
+    verb.add_argument("--workers", type=spelled(parse_count), metavar="N", help="of --executor ray: how many actors")
+    verb.add_argument("--cells-shard", type=spelled(cells_shard), metavar="I/N",
+                      help="tune the I-th of N parts of the cells, with a run folder and records of its own, for `db merge`; "
+                           "all/N: what N shards would find, in one process")
+    verb.add_argument("--remeasure", action="store_true", help="use nothing that is recorded, in a new run folder")
     verb.add_argument("--dry-run", action="store_true", help="say what would be tuned, with times, and stop")
     verb.add_argument("--allow-forced", action="store_true", help="write a policy although acceptance is forced")
     sampling_options(verb)
     choose_model(verb)
+    offer_json(verb)
+
+
+def _resume(verbs: Verbs) -> None:
+    verb = verbs.add("resume", "go on with a tuning that was interrupted or whose budget ended", "", "runs/tune-prose-1a2b3c4d",
+                     "--budget 10m", handler="tuning:resume")
+    verb.add_argument("run", nargs="?", metavar="RUN", help="its run folder (default: the one that was used last, below runs/)")
+    verb.add_argument("--budget", type=spelled(seconds), metavar="TIME", help="90s, 2m (default: as before)")
     offer_json(verb)
 
 

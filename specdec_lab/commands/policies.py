@@ -80,7 +80,19 @@ def policy_words(found: Policy) -> str:
     measured = f"{header['target']}, workload {header['workload']}, {header['device']}, {header['dtype']}"
     about = f"{measured}, {header['created'][:10]}{labels}"
     head = ("cell", "state", "config", "speed-up", "95% interval", "tokens/s", "plain tokens/s")
-    return "\n".join([found.headline(), about, "", *aligned([head, *map(row_cells, found.table)])])
+    return "\n".join([found.headline(), about, *machine_words(found), "", *aligned([head, *map(row_cells, found.table)])])
+
+
+def machine_words(found: Policy) -> list[str]:
+    """How steady the machine was while it was tuned, and what that leaves to be claimed; nothing where nobody knows."""
+    said = {row.cell: row.details["sentinel"] for row in found.table if row.details.get("sentinel")}
+    lines = []
+    if cvs := [sentinel["cv"] for sentinel in said.values() if "cv" in sentinel]:
+        least = max(found.rules.min_speedup, *(sentinel["least_speedup"] for sentinel in said.values()))
+        lines.append(f"plain decoding of one cell, repeated, varied by {max(cvs):.1%}: nothing below {least:.3f}x is claimed")
+    if drifted := [str(cell) for cell, sentinel in said.items() if "drift" in sentinel]:
+        lines.append(f"the machine drifted while {', '.join(drifted)} were measured: less than the drift is not claimed there")
+    return lines
 
 
 def row_cells(row: Any) -> tuple[str, ...]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..records import Cell, SpecConfig, parse_count
+
+if TYPE_CHECKING:
+    from ..tune import CellShard
 
 T = TypeVar("T")
 UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -61,6 +64,13 @@ def seconds(text: str) -> float:
     if not value > 0:
         raise ValueError(f"a duration above 0 is written 90s, 2m or 0.5h, got {text!r}")
     return value
+
+
+def cells_shard(text: str) -> CellShard:
+    """`2/8`, the second of eight; `all/8`."""
+    from ..tune import CellShard
+
+    return CellShard.parse(text)
 
 
 def positive(text: str) -> float:

@@ -14,6 +14,12 @@ from .lab import Lab
 from .mistakes import UserMistake, asked, one_line
 from .outcome import INTERRUPTED, NOTHING_WON, OK, PARTIAL, Outcome
 from .policies import policy_words
+from .remembering import recall, remember
+
+TOGETHER = (
+    "workers side by side need a GPU each, by number, for example cuda:0,cuda:1; on one CPU they would disturb each other's "
+    "timings"
+)
 
 if TYPE_CHECKING:
     from ..bench.recipe import EngineRecipe
@@ -47,32 +53,72 @@ class TuneJob:
         """What a shell prints."""
         paths = {"policy": str(self.out), "database": str(self.tuning.database.folder), "run": str(self.tuning.run_dir)}
         places = [f"{name}: {path}" for name, path in paths.items()]
-        words = "\n".join([policy_words(policy), "", *places, _next_step(policy, self)])
+        words = "\n".join([policy_words(policy), "", *places, *_next_steps(policy, self)])
         return Outcome(policy, words, {"policy": policy.to_dict(), "paths": paths}, exit_code(policy))
 
 
 def tune(lab: Lab, args: Namespace) -> TuneJob | Outcome:
     """The tuning as a job, or with `--dry-run` its plan."""
     lab.check_idle("tune")
+    devices, actors = _workers(args)
     engine = lab.engine_for(args)
-    devices = _devices(args.devices)
     with asked():
         from ..bench.tuning import prepare
 
         tuning = prepare(
             engine, args.batches, args.lengths, args.budget, workload=args.workload, database=args.db, run_dir=args.run,
-            sampling=sampling_of(args), allow_forced=args.allow_forced, recipe=_recipe(lab, args) if devices else None,
-            devices=devices,
+            sampling=sampling_of(args), allow_forced=args.allow_forced,
+            recipe=_recipe(lab, args) if devices or actors else None, devices=devices, actors=actors, shard=args.cells_shard,
+            remeasure=args.remeasure,
         )
         plan = tuning.plan
+        if actors > 1 and engine.pair.target.device.type == "cpu":
+            raise UserMistake(f"--workers {actors}: {TOGETHER}")
         if args.dry_run:
-            words = f"{plan.describe()}\n{worker_words(devices, _num_gpus())}"
+            words = f"{plan.describe()}\n{worker_words(devices, _num_gpus(), actors)}"
             return Outcome(plan, words, {**plan.to_dict(), "budget_s": plan.budget_s, "devices": list(devices)})
         if not plan.cells:
             raise UserMistake(f"none of these cells can run. {'; '.join(f'{c}: {why}' for c, why in plan.infeasible.items())}")
-        out = writable_file(args.out, ".json")
+        out = writable_file(_out(args), ".json")
         tuning.check()
+        remember(tuning.run_dir, lab, args)
     return TuneJob(f"tuning {len(plan.cells)} cells of {args.workload}", tuning, out)
+
+
+def resume(lab: Lab, args: Namespace) -> TuneJob | Outcome:
+    """The tuning of a run folder, from its own words."""
+    with asked():
+        again = recall(args.run)
+    again.json = args.json
+    again.budget = args.budget or again.budget
+    return tune(lab, again)
+
+
+def _out(args: Namespace) -> str:
+    """Where the policy goes; that of a shard has the shard in its name, so that shards share a folder."""
+    path = Path(args.out)
+    return str(path.with_name(path.stem + args.cells_shard.suffix + path.suffix)) if args.cells_shard else args.out
+
+
+def _workers(args: Namespace) -> tuple[tuple[str, ...], int]:
+    """Devices of worker processes, or a number of Ray actors; neither: this process measures."""
+    executor = args.executor or ("process" if args.devices is not None else "inline")
+    if executor != "ray" and args.workers is not None:
+        raise UserMistake(f"--workers {args.workers} belongs to --executor ray; processes are named by --devices")
+    if executor == "ray":
+        if args.devices is not None:
+            raise UserMistake("--executor ray places its workers itself: say how many with --workers, and leave --devices out")
+        from ..tune import WorkerCannotStart
+        from ..tune.ray_workers import load_ray
+
+        try:
+            load_ray()
+        except WorkerCannotStart as error:
+            raise UserMistake(one_line(error)) from error
+        return (), args.workers or 1
+    if (executor == "process") != (args.devices is not None):
+        raise UserMistake("--executor process needs --devices, for example cuda:0,cuda:1, and --executor inline has none")
+    return _devices(args.devices), 0
 
 
 def _devices(words: str | None) -> tuple[str, ...]:
@@ -81,10 +127,7 @@ def _devices(words: str | None) -> tuple[str, ...]:
     if not all(names) or len(set(names)) != len(names):
         raise UserMistake(f"--devices needs different names, for example cuda:0,cuda:1, got {words!r}")
     if len(names) > 1 and not all(name.startswith("cuda:") for name in names):
-        raise UserMistake(
-            f"--devices {words}: workers side by side need a GPU each, by number, for example cuda:0,cuda:1; on one CPU they "
-            "would disturb each other's timings"
-        )
+        raise UserMistake(f"--devices {words}: {TOGETHER}")
     known = [f"cuda:{i}" for i in range(_num_gpus())] if names else []
     if strange := [name for name in names if name.startswith("cuda:") and name not in known]:
         raise UserMistake(f"--devices {words}: torch sees {', '.join(known) or 'no GPU'} here, not {', '.join(strange)}")
@@ -112,8 +155,10 @@ def _num_gpus() -> int:
     return int(torch.cuda.device_count())
 
 
-def worker_words(devices: tuple[str, ...], num_gpus: int) -> str:
+def worker_words(devices: tuple[str, ...], num_gpus: int, actors: int = 0) -> str:
     """How many workers measure, and what would use the other GPUs."""
+    if actors:
+        return f"workers: {actors}, actors that Ray places, beside this process's own copy of the model"
     if devices:
         return f"workers: {len(devices)}, one process each on {', '.join(devices)}, beside this process's own copy of the model"
     if num_gpus < 2:
@@ -132,10 +177,14 @@ def exit_code(policy: Policy) -> int:
     return OK if any(row.is_decided and row.config != "off" for row in policy.table) else NOTHING_WON
 
 
-def _next_step(policy: Policy, job: TuneJob) -> str:
+def _next_steps(policy: Policy, job: TuneJob) -> list[str]:
+    shard, folder = job.tuning.plan.shard, job.tuning.run_dir
     if exit_code(policy) in (INTERRUPTED, PARTIAL):
-        return "Run the same command again to go on; recorded measurements are not repeated"
-    return f"Use it: run --config {job.out}, or policy explain 4x2k --policy {job.out}"
+        return [f"Run the same command again to go on, or: resume {folder}. Recorded measurements are not repeated"]
+    if not shard.suffix:
+        return [f"Use it: run --config {job.out}, or policy explain 4x2k --policy {job.out}"]
+    others = str(folder).removesuffix(shard.suffix)
+    return [f"This is shard {shard}. When all are done: db merge {others}-*of{shard.count} --into tuning_db --out policy.json"]
 
 
 def progress_line(progress: Progress) -> str:

@@ -122,7 +122,7 @@ class Row:
             reading.config(name, f"{where}.estimates"): Estimate.from_dict(value, f"{where}.estimates[{name}]")
             for name, value in reading.mapping(data.get("estimates", {}), f"{where}.estimates").items()
         }
-        for name, reader in (("why", reading.text), ("composed", reading.mapping)):
+        for name, reader in (("why", reading.text), ("composed", reading.mapping), ("sentinel", reading.mapping)):
             read(name, reader)
         details = {name: value for name, value in data.items() if name not in (*_ROW_KEYS, "estimates")}
         return cls(

@@ -9,20 +9,24 @@ Knows records, summary and policy; Optuna is loaded when a search starts. The en
 
 from __future__ import annotations
 
-from .assemble import verify
 from .blocks import Measure
 from .compose import Composition, compose
 from .db import Database, DatabaseError, Design, Measurement, read_file
+from .evidence import verify
 from .folder import PlanChanged
 from .grid import SNAPKV_BUDGETS, Plan, Protocol, candidates, make_plan
+from .join import ShardsDiffer, join
 from .probe import ProbePlan
+from .progress import Progress
+from .ray_workers import RayActors
+from .shard import CellShard
 from .shelf import Location, Merged, describe, find_database, locations, merge
-from .study import Progress, tune
+from .study import tune
 from .workers import Executor, Inline, Instrument, Lease, Processes, WorkerCannotStart
 
 __all__ = [
-    "SNAPKV_BUDGETS", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument", "Lease",
-    "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress", "Protocol",
-    "WorkerCannotStart", "candidates", "compose", "describe", "find_database", "locations", "make_plan", "merge", "read_file",
-    "tune", "verify",
+    "SNAPKV_BUDGETS", "CellShard", "Composition", "Database", "DatabaseError", "Design", "Executor", "Inline", "Instrument",
+    "Lease", "Location", "Measure", "Measurement", "Merged", "Plan", "PlanChanged", "ProbePlan", "Processes", "Progress",
+    "Protocol", "RayActors", "ShardsDiffer", "WorkerCannotStart", "candidates", "compose", "describe", "find_database",
+    "join", "locations", "make_plan", "merge", "read_file", "tune", "verify",
 ]  # fmt: skip

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..policy import Estimate, Policy, Row, Rules, canonical
+from ..policy import Estimate, Policy, Row, Rules
 from ..records import Cell, SpecConfig, forced_label
 from .compose import compose
-from .db import Measurement, read_file
+from .db import Measurement
 from .duel import Verdict, verdict
 from .grid import Protocol
+from .probe import KINDS as PART_KINDS
+from .sentinel import KIND as SENTINEL
+from .sentinel import Steadiness, crowding_label, standing, steadiness
 
 MAX_PORTFOLIO = 8  # beside `off`; each configuration is a set of graphs and caches in an engine
 PORTFOLIO_LOSS = 0.003  # mean log speed-up that may be lost by leaving winners out
@@ -27,24 +29,35 @@ State = tuple[str, str]  # a row's state, and the reason for it
 
 @dataclass(frozen=True, slots=True)
 class CellEvidence:
-    """What is recorded of one cell: speed of plain decoding, and blocks per configuration and kind."""
+    """What is recorded of one cell: speed of plain decoding, blocks per configuration and kind; of the machine meanwhile."""
 
     cell: Cell
     plain: tuple[Measurement, ...]
     blocks: Mapping[str, Mapping[str, Sequence[Measurement]]]
+    machine: Steadiness = Steadiness()
 
     @classmethod
     def of(cls, cell: Cell, measurements: Iterable[Measurement]) -> CellEvidence:
-        """Sort the good records of a cell. A configuration that once gave wrong tokens here has none."""
-        here = sorted((m for m in measurements if m.cell == cell), key=lambda m: (m.design.block, m.id))
+        """Sort the good records of a cell that stand. A configuration that once gave wrong tokens here has none.
+
+        measurements  of this cell, and the sentinels of all; of other cells more may be there
+        """
+        measurements = tuple(measurements)
+        here = sorted((m for m in standing(measurements) if m.cell == cell), key=lambda m: (m.design.block, m.id))
         wrong = {record.config for record in here if record.status == "mismatch"}
         good = [record for record in here if record.status == "ok" and record.config not in wrong]
         blocks: dict[str, dict[str, list[Measurement]]] = {}
         for record in good:
             if "log_speedup" in record.summary:
                 blocks.setdefault(record.config, {}).setdefault(record.kind, []).append(record)
-        plain = tuple(record for record in good if record.config == "off" and "tokens_per_s" in record.summary)
-        return cls(cell, plain, blocks)
+        plain = [m for m in good if m.config == "off" and "tokens_per_s" in m.summary]
+        plain = [m for m in plain if m.kind != SENTINEL or m.design.block == 0]  # repeats are of the machine, not of the cell
+        found = [block for kinds in blocks.values() for several in kinds.values() for block in several]
+        return cls(cell, tuple(plain), blocks, steadiness(found, measurements))
+
+    def least(self, protocol: Protocol) -> float:
+        """The speed-up that a lower bound must exceed here: `min_speedup`, more where the machine is less steady than that."""
+        return max(protocol.min_speedup, self.machine.least_speedup)
 
     def duel(self, config: str, protocol: Protocol) -> Verdict | None:
         """The verdict of a complete duel."""
@@ -59,9 +72,9 @@ class CellEvidence:
         return [block for kind in ("race", "pilot", "duel") for block in kinds.get(kind, ())]
 
     def winner(self, protocol: Protocol) -> str:
-        """The configuration whose duel has the highest lower bound above `min_speedup`, else `off`."""
+        """The configuration whose duel has the highest lower bound above `least`, else `off`."""
         duels = {config: found for config in self.blocks if (found := self.duel(config, protocol))}
-        able = {config: found.low for config, found in duels.items() if found.exceeds(protocol.min_speedup)}
+        able = {config: found.low for config, found in duels.items() if found.exceeds(self.least(protocol))}
         return max(able, key=lambda config: (able[config], config), default="off")
 
     def estimate(self, config: str, protocol: Protocol) -> Estimate | None:
@@ -86,6 +99,20 @@ def _geometric(values: Iterable[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
 
 
+def labels_of(
+    header: Mapping[str, Any], states: Mapping[Cell, State], measurements: Iterable[Measurement], more: Iterable[str] = ()
+) -> list[str]:
+    """What a reader of a policy must know of its numbers, as labels."""
+    ours = standing([m for m in measurements if belongs(m, header)])
+    blocks = (m for m in ours if m.kind not in PART_KINDS)  # parts decide nothing
+    used = [m for m in blocks if m.status == "ok" and m.cell in states]
+    labels = {label for m in used for label in m.env.get("labels", ())}
+    labels |= {"busy"} if any(m.env.get("busy") for m in used) else set()
+    labels |= {"drift"} if any(m.summary.get("is_drift") for m in used) else set()
+    labels |= {"partial"} if any(state == "not_visited" for state, _ in states.values()) else set()
+    return sorted(labels | crowding_label(used) | set(more))
+
+
 class ForcedAcceptance(ValueError):
     """A policy from forced acceptance was not asked for: it would promise what no model was seen to accept."""
 
@@ -107,13 +134,13 @@ def assemble(
     """The policy that these records support, for these cells; ForcedAcceptance where they are forced without leave."""
     refuse_forced(header["labels"], allow_forced)
     protocol = Protocol(**header["protocol"])
-    ours = [m for m in measurements if _belongs(m, header)]
+    ours = [m for m in measurements if belongs(m, header)]
     cells = {cell: CellEvidence.of(cell, ours) for cell, (state, _) in states.items() if state == "tuned"}
     portfolio = choose_portfolio(cells.values(), protocol)
     rows = []
     for cell, (state, reason) in sorted(states.items()):
         row = _row(cells[cell], portfolio, protocol) if cell in cells else Row(cell, state, reason)
-        rows.append(_explained(row, ours))
+        rows.append(_explained(row, standing(ours)))
     return Policy(header, rules, portfolio, tuple(rows))
 
 
@@ -126,7 +153,10 @@ def _explained(row: Row, records: Sequence[Measurement]) -> Row:
     return replace(row, details={**row.details, "why": why, "composed": composition.to_dict()})
 
 
-def _belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+def belongs(record: Measurement, header: Mapping[str, Any]) -> bool:
+    """Whether a record may be used for a policy with this header: its fingerprints, workload, temperature, run if only that."""
+    if header.get("remeasured") and record.run != header["run"]:
+        return False
     kind = SpecConfig.parse(record.config).drafter
     drafter = "0" * 12 if kind == "off" else header["drafters"].get(kind)
     same = (record.workload, record.temperature) == (header["workload"], header["temperature"])
@@ -156,7 +186,7 @@ def _worth(cell: CellEvidence, config: str, protocol: Protocol) -> float:
 
 def _low(cell: CellEvidence, config: str, protocol: Protocol) -> float:
     found = verdict(cell.best(config, protocol))
-    return found.low if found and found.exceeds(protocol.min_speedup) else 0.0
+    return found.low if found and found.exceeds(cell.least(protocol)) else 0.0
 
 
 def _row(cell: CellEvidence, portfolio: Sequence[str], protocol: Protocol) -> Row:
@@ -166,7 +196,7 @@ def _row(cell: CellEvidence, portfolio: Sequence[str], protocol: Protocol) -> Ro
     row = Row(
         cell.cell, "tuned", config="off", speedup=1.0, speedup_ci95=(1.0, 1.0), estimates=estimates,
         baseline_tokens_per_s=_geometric(record.summary["tokens_per_s"] for record in cell.plain),
-        details={"num_trials": len(cell.blocks), **_best_candidate(cell, protocol)},
+        details={"num_trials": len(cell.blocks), **_best_candidate(cell, protocol), **cell.machine.to_dict()},
     )  # fmt: skip
     winner = cell.winner(protocol)
     if winner not in portfolio:  # left out because another is as good: take that one, if its interval passes the gate
@@ -221,25 +251,3 @@ def _best_candidate(cell: CellEvidence, protocol: Protocol) -> dict[str, Any]:
 def states_of(policy: Policy) -> dict[Cell, State]:
     """The states that the tuner gave the cells of a policy."""
     return {row.cell: (row.state, row.reason) for row in policy.table}
-
-
-def verify(path: Path | str, folder: Path | str | None = None) -> tuple[str, ...]:
-    """Rebuild a policy file from the evidence that it names, and say what differs; nothing when it is the same bytes.
-
-    folder  that holds the evidence; the policy's own when None
-    """
-    path = Path(path)
-    policy = Policy.load(path)
-    problems: list[str] = []
-    records: list[Measurement] = []
-    for item in policy.header["evidence"]:
-        contents = read_file(Path(folder or path.parent) / item["file"], item.get("bytes"))
-        records += contents.measurements
-        if contents.sha256 != item["sha256"]:
-            problems.append(f"{item['file']}: the first {item.get('bytes')} bytes are not those that the policy was made from")
-    rebuilt = assemble(policy.header, policy.rules, states_of(policy), records, allow_forced=True)
-    if rebuilt.dumps() != path.read_text(encoding="utf-8"):
-        rows = zip(policy.table, rebuilt.table, strict=True)
-        changed = [str(old.cell) for old, new in rows if canonical(old.to_dict()) != canonical(new.to_dict())]
-        problems.append(f"rebuilding gives other bytes: cells {', '.join(changed) or 'none, but the portfolio'} differ")
-    return tuple(problems)

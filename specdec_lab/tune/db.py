@@ -46,12 +46,13 @@ class Design:
     """Where a measurement stands in its experiment.
 
     order     of the runs in the block: ABBA starts and ends with plain decoding, BAAB with the candidate
+    pair_of   id of the plain run of the same block; of a sentinel: of the one before it, with which it is compared
     retry_of  id of the record of the attempt that lost its worker
     """
 
     block: int = 0
     order: str = ""
-    pair_of: str | None = None  # id of the plain run of the same block
+    pair_of: str | None = None
     seed: int = 0
     prompts: str = ""
     retry_of: str | None = None
@@ -66,7 +67,7 @@ class Measurement:
 
     fp       "base.drafter" fingerprints: equal ones may be pooled, others never
     summary  of a block: see tune/blocks.py; other kinds carry their own
-    env      when and how: utc, busy, labels
+    env      when and how: utc, busy, labels; sentinel: id of its worker's last good one; concurrency: workers that measured
     """
 
     id: str
@@ -99,6 +100,11 @@ class Measurement:
     def key(self) -> Key:
         """What is measured once: fingerprint, workload, temperature, cell, configuration, kind, block."""
         return self.fp, self.workload, self.temperature, str(self.cell), self.config, self.kind, self.design.block
+
+    @property
+    def reopens(self) -> str | None:
+        """The sentinel since which nothing counts, because this one found the machine to be another."""
+        return self.design.pair_of if self.kind == "sentinel" and self.status == "throttled" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -256,6 +262,11 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "unnamed"
 
 
+def device_folder(root: Path, device: str) -> Path:
+    """Where the records and policies of a device lie in a database."""
+    return root / _slug(device)
+
+
 class Database:
     """The measurements of one device and target below a root folder: `<root>/<device>/<target>--<drafter>.jsonl`.
 
@@ -266,11 +277,12 @@ class Database:
 
     def __init__(self, root: Path | str, identity: Identity, target: str, draft: str = "model") -> None:
         self.root, self.identity, self.target = Path(root), identity, target
-        self.folder = self.root / _slug(identity.device)
+        self.folder = device_folder(self.root, identity.device)
         self._labels = {"model": _slug(draft)}
         self.pending: list[Measurement] = []
         self.skipped: Counter[str] = Counter()
-        self._by_key: dict[Key, Measurement] = {}
+        self._by_key: dict[Key, list[Measurement]] = {}
+        self._reopened: set[str] = set()
         self._by_id: dict[str, Measurement] = {}
         self._announced: set[tuple[Path, str]] = set()
         for path in self.paths():
@@ -304,9 +316,17 @@ class Database:
     def __contains__(self, identifier: str) -> bool:
         return identifier in self._by_id
 
-    def find(self, key: Key) -> Measurement | None:
-        """The measurement of this key if it is recorded: a good one before a failed one, the older one of two."""
-        return self._by_key.get(key)
+    def standing(self) -> Iterator[Measurement]:
+        """All measurements but those that a sentinel has re-opened."""
+        return (m for m in self._by_id.values() if m.env.get("sentinel") not in self._reopened)
+
+    def find(self, key: Key, run: str | None = None) -> Measurement | None:
+        """The measurement of this key if it is recorded and stands: a good one before a failed one, the older one of two.
+
+        run  that must have measured it; None = any
+        """
+        known = [m for m in self._by_key.get(key, ()) if m.env.get("sentinel") not in self._reopened and run in (None, m.run)]
+        return next((m for m in known if m.status == "ok"), known[0] if known else None)
 
     def append(self, *measurements: Measurement) -> None:
         """Write lines and force them to disk; DatabaseError keeps those that could not be written in `pending`."""
@@ -335,10 +355,12 @@ class Database:
             raise self._unwritten(probe, error) from error
 
     def _index(self, measurement: Measurement) -> None:
-        self._by_id.setdefault(measurement.id, measurement)
-        known = self._by_key.get(measurement.key)
-        if known is None or (known.status != "ok" and measurement.status == "ok"):
-            self._by_key[measurement.key] = measurement
+        if measurement.id in self._by_id:
+            return
+        self._by_id[measurement.id] = measurement
+        self._by_key.setdefault(measurement.key, []).append(measurement)
+        if measurement.reopens:
+            self._reopened.add(measurement.reopens)
 
     def _announcements(self, path: Path, batch: Iterable[Measurement]) -> dict[str, str]:
         """Fingerprint lines for what this file has not explained yet: mark -> line."""

@@ -6,11 +6,12 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..records import Cell, Identity, SpecConfig
+from ..records import Cell, Identity, SpecConfig, fingerprint
 from .assemble import State
 from .db import DatabaseError
 from .grid import Plan
@@ -23,6 +24,14 @@ except ImportError:  # Windows
 SCHEMA = "specdec_lab.tune/1"
 
 
+def _name(path: Path, plan: Plan, experiment: dict[str, Any]) -> str:
+    if plan.shard.count == 1:
+        return f"{path.name}-{secrets.token_hex(3)}"
+    cells = sorted((*plan.all_cells, *plan.siblings))
+    same = {**experiment, "cells": [str(cell) for cell in cells], "shards": plan.shard.count, "protocol": asdict(plan.protocol)}
+    return f"{path.name.removesuffix(plan.shard.suffix)}-{fingerprint(same)[:6]}"
+
+
 class PlanChanged(ValueError):
     """A run folder that holds another plan."""
 
@@ -30,19 +39,22 @@ class PlanChanged(ValueError):
 class RunFolder:
     """Held while a run goes on.
 
-    name      of the run in records; unique, so that folders of equal names never make equal ids
+    name      of the run in records; unique, so that folders of equal names never make equal ids. The shards of one tuning
+              share one, made of what is tuned and of the folder's name without the shard's
     finished  cells that an earlier call of the same run has finished, with their states
     proposed  what the parts of a cell promised when its search began; a resumed search has the same candidates
     """
 
     def __init__(
-        self, path: Path, plan: Plan, identity: Identity, workload: str, temperature: float, seed: int
-    ) -> None:
+        self, path: Path, plan: Plan, identity: Identity, workload: str, temperature: float, seed: int,
+        remeasure: bool = False,
+    ) -> None:  # fmt: skip
         self.path = path
         fingerprints = {kind: identity.drafter_fingerprint(kind) for kind in identity.drafters}
         experiment = {"workload": workload, "temperature": temperature, "seed": seed, "drafters": fingerprints}
+        experiment |= {"remeasure": True} if remeasure else {}
         self._plan = {"schema": SCHEMA, "base": identity.base_fingerprint, **experiment, **plan.to_dict()}
-        self.name = f"{path.name}-{secrets.token_hex(3)}"
+        self.name = _name(path, plan, {"base": identity.base_fingerprint, **experiment})
         self.finished: dict[Cell, State] = {}
         self.proposed: dict[Cell, tuple[SpecConfig, ...]] = {}
         self._lock: IO[str] | None = None
@@ -75,12 +87,25 @@ class RunFolder:
     def finish(self, cell: Cell, state: State) -> None:
         """Remember that a cell needs nothing more."""
         self.finished[cell] = state
-        self._write("resume.json", {str(done): list(state) for done, state in self.finished.items()})
+        self._write_finished()
 
     def propose(self, cell: Cell, configs: Sequence[SpecConfig]) -> None:
         """Remember what is added to the candidates of a cell."""
         self.proposed[cell] = tuple(configs)
-        self._write("proposed.json", {str(known): list(map(str, found)) for known, found in self.proposed.items()})
+        self._write_proposed()
+
+    def reopen(self, cell: Cell) -> None:
+        """Forget that a cell is finished, and what its parts promised."""
+        if self.finished.pop(cell, None) is not None:
+            self._write_finished()
+        if self.proposed.pop(cell, None) is not None:
+            self._write_proposed()
+
+    def _write_finished(self) -> None:
+        self._write("resume.json", {str(cell): list(state) for cell, state in self.finished.items()})
+
+    def _write_proposed(self) -> None:
+        self._write("proposed.json", {str(cell): list(map(str, configs)) for cell, configs in self.proposed.items()})
 
     def _hold(self) -> None:
         assert self._lock is not None

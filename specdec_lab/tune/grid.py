@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..records import Cell, KvView, SpecConfig, TreeShape
 from .probe import ProbePlan
+from .shard import WHOLE, CellShard, by_size, deal
 
 SINK = 4
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # sink and recent together
@@ -82,6 +83,8 @@ class Plan:
     probe  how a cell's parts are measured before its search, so that trees can be composed from them; None = not at all
     lanes  cells that may be tuned side by side. A cell starts from the winners of those at least this far before it, so the
            policy depends on this number, and neither on the number of workers nor on which of them is done first
+    shard  which cells of a larger plan these are; a cell starts from cells of its own shard only
+    siblings  the cells of the other shards, with the reason where they cannot run here
     """
 
     cells: tuple[Cell, ...]
@@ -91,6 +94,8 @@ class Plan:
     protocol: Protocol = field(default_factory=Protocol)
     probe: ProbePlan | None = None
     lanes: int = 1
+    shard: CellShard = WHOLE
+    siblings: Mapping[Cell, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:
@@ -109,7 +114,23 @@ class Plan:
 
     def before(self, cell: Cell) -> tuple[Cell, ...]:
         """The cells that are finished before this one starts."""
-        return self.cells[: max(self.cells.index(cell) - self.lanes + 1, 0)]
+        dealt = deal((*self.all_cells, *self.siblings), self.shard.count)  # of a shard's own cells: all one number
+        own = [other for other in self.cells if dealt[other] == dealt[cell]]
+        return tuple(own[: max(own.index(cell) - self.lanes + 1, 0)])
+
+    def of_shard(self, shard: CellShard) -> Plan:
+        """The cells of a shard, or all of them as if each shard were tuned by itself; ValueError where it has none to run."""
+        if shard.is_whole:
+            return replace(self, shard=shard)
+        dealt = deal(self.all_cells, shard.count)
+        cells = tuple(cell for cell in self.cells if dealt[cell] == shard.index)
+        infeasible = {cell: reason for cell, reason in self.infeasible.items() if dealt[cell] == shard.index}
+        if not cells:
+            why = "; ".join(f"{cell}: {reason}" for cell, reason in infeasible.items()) or f"there are {len(dealt)} cells"
+            raise ValueError(f"shard {shard} has no cell that can run: {why}. Use fewer shards, or leave this one out")
+        configs = {cell: self.configs[cell] for cell in cells}
+        siblings = {cell: self.infeasible.get(cell, "") for cell in self.all_cells if dealt[cell] != shard.index}
+        return replace(self, cells=cells, configs=configs, infeasible=infeasible, shard=shard, siblings=siblings)
 
     def share_s(self, seconds_left: float, cells_left: int) -> float:
         """What the next cell may take, of `cells_left` that wait, itself counted."""
@@ -117,8 +138,9 @@ class Plan:
 
     @property
     def fill_s(self) -> float:
-        """Seconds kept for the last stage; none where there is one cell, which has nothing to fill."""
-        return self.budget_s * self.protocol.fill_share if len(self.cells) > 1 else 0.0
+        """Seconds kept for the last stage; none where there is one cell, or where other shards must be finished before."""
+        is_last = len(self.cells) > 1 and self.shard.count == 1
+        return self.budget_s * self.protocol.fill_share if is_last else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; what makes two plans the same experiment, so without the budget."""
@@ -129,6 +151,7 @@ class Plan:
             "protocol": asdict(self.protocol),
             **({} if self.probe is None else {"probe": self.probe.to_dict()}),
             **({} if self.lanes == 1 else {"lanes": self.lanes}),
+            **({} if self.shard.count == 1 else {"shard": str(self.shard)}),
         }
 
     def describe(self) -> str:
@@ -137,7 +160,7 @@ class Plan:
         beside = f", {self.lanes} at a time," if self.lanes > 1 else ""
         race, duel = self.protocol.race_seconds(share), self.protocol.duel_seconds(share)
         lines = [
-            f"{len(self.cells)} cells{beside} in at most {self.budget_s:g} s: {share:.1f} s each"
+            f"{len(self.cells)} cells{self._shard_words()}{beside} in at most {self.budget_s:g} s: {share:.1f} s each"
             + (f", {self.fill_s:.1f} s to measure winners in the other cells" if self.fill_s else ""),
             f"a block = 4 runs (plain, candidate, candidate, plain) of about {race:.2g} s, in the confirming duel "
             f"{duel:.2g} s, at least {self.protocol.min_rounds} rounds each",
@@ -149,6 +172,8 @@ class Plan:
         lines += [f"  -  {cell}: left out, {reason}" for cell, reason in sorted(self.infeasible.items())]
         return "\n".join(lines)
 
+    def _shard_words(self) -> str:
+        return "" if self.shard.count == 1 else f" (shard {self.shard} of {len(self.cells) + len(self.siblings)})"
 
     def _probe_words(self, share_s: float) -> list[str]:
         """Whether trees can be composed, or why not."""
@@ -196,7 +221,7 @@ def make_plan(
     """
     if not batches or not lengths:
         raise ValueError("a plan needs at least one batch and one length, for example --batches 1,4 --lengths 512,1k")
-    cells = sorted({Cell(b, s) for b in batches for s in lengths}, key=lambda c: (c.batch * c.length, c))
+    cells = sorted({Cell(b, s) for b in batches for s in lengths}, key=by_size)
     reasons = {cell: fits(cell) for cell in cells}
     feasible = tuple(cell for cell in cells if reasons[cell] is None)
     configs = {cell: candidates(cell, drafters, windows, chains, snapkv) for cell in feasible}

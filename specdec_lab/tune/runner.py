@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from .blocks import (
 )
 from .db import Database, Design, Measurement, measurement_id
 from .grid import Protocol
+from .probe import KINDS as PARTS
 from .probe import parts_of
 from .workers import Executor, WorkerLost, WorkItem
 
@@ -43,6 +44,7 @@ class Setting:
 
     run    names the run in ids and records; its folder holds the raw samples
     now    UTC, ISO 8601
+    remeasure  nothing that other runs have recorded is used
     """
 
     run: str
@@ -54,15 +56,22 @@ class Setting:
     protocol: Protocol
     clock: Clock
     now: Callable[[], str]
+    remeasure: bool = False
 
 
 class BlockRunner:
-    """Gives blocks of (cell, configuration), recorded or freshly measured; failures are records too."""
+    """Gives blocks of (cell, configuration), recorded or freshly measured; failures are records too.
+
+    sentinels  id of the last good one of each worker; whatever it measures carries it
+    fresh      ids of what was measured by this object
+    """
 
     def __init__(self, executor: Executor, database: Database, setting: Setting) -> None:
         self._executor, self._database, self._set = executor, database, setting
         self._warm: dict[tuple[Cell, SpecConfig, int], dict[str, float]] = {}
         self._patience = dict.fromkeys(executor.names, setting.protocol.busy_retries)
+        self.sentinels: dict[str, str] = {}
+        self.fresh: set[str] = set()
         kinds = ("off", *setting.identity.drafters)
         base = setting.identity.base_fingerprint
         self._fp_of = {kind: f"{base}.{setting.identity.drafter_fingerprint(kind)}" for kind in kinds}
@@ -77,17 +86,56 @@ class BlockRunner:
 
         def work(blank: Measurement) -> Measurement:
             warm = self._warm_up(cell, OFF)
-            known = self._database.find(blank.key)
+            known = self._find(blank)
             if known is not None and known.status == "ok":
                 return known
             (sample,) = self._run(cell, [OFF], 2 * seconds)
-            return self._record(replace(blank, summary=summarize_runs([sample]), warm=warm, env=self._env(sample.labels)))
+            env = self._env(blank, sample.labels)
+            return self._record(replace(blank, summary=summarize_runs([sample]), warm=warm, env=env))
 
         return self._attempt(cell, OFF, "sentinel", 0, work)
 
+    def plain(self, cell: Cell, seconds: float, runs: int = 1) -> RunSample:
+        """Plain decoding of a cell that is prepared, the middle one of so many runs; nothing is recorded."""
+        self._warm_up(cell, OFF)
+        return self._run(cell, [OFF] * runs, 2 * seconds)[runs // 2]
+
+    def may_measure(self, cell: Cell, worker: int) -> bool:
+        """Whether this worker has the cell, or takes it now because nobody has."""
+        if not self._executor.is_free_for(cell, worker):
+            return False
+        self._executor.assign(cell, worker)
+        return True
+
+    def record_sentinel(
+        self, cell: Cell, sample: RunSample, *, status: str = "ok", reason: str = "", pair_of: str | None = None,
+        env: Mapping[str, Any] | None = None, **summary: Any,
+    ) -> Measurement:  # fmt: skip
+        """Plain decoding of a cell, once more, as a record of its own."""
+        index = 1 + sum(m.kind == "sentinel" and m.cell == cell and self.is_ours(m) for m in self._database)
+        blank = self._blank(cell, OFF, "sentinel", index)
+        about = {**self._env(blank, sample.labels), **(env or {})}
+        about.pop("sentinel", None)  # it is one
+        return self._record(replace(
+            blank, status=status, reason=reason, design=replace(blank.design, pair_of=pair_of),
+            summary={**summarize_runs([sample]), **summary}, env=about,
+        ))  # fmt: skip
+
+    def open_sentinel(self, worker: str, cells: Collection[Cell]) -> Measurement | None:
+        """The sentinel since which an earlier call of this run measured with this worker, if no other has followed it.
+
+        cells  of this run's plan: another shard's worker may have the same name
+        """
+        before = (m for m in self._database.standing() if m.id not in self.fresh and m.cell in cells)
+        mine = [m for m in before if (m.run, m.worker) == (self._set.run, worker)]
+        followed = {m.design.pair_of for m in mine if m.kind == "sentinel"}
+        used = [m.env["sentinel"] for m in mine if "sentinel" in m.env]
+        last = used[-1] if used and used[-1] not in followed else None
+        return next((m for m in mine if m.id == last and m.status == "ok"), None)
+
     def block(self, cell: Cell, config: SpecConfig, kind: str, index: int, seconds: float) -> Measurement:
         """Block `index` of this kind: the recorded one, or four runs of about `seconds` each."""
-        return self._known(cell, config, kind, index) or self._attempt(
+        return self.known(cell, config, kind, index) or self._attempt(
             cell, config, kind, index, lambda blank: self._fresh(blank, cell, config, seconds)
         )
 
@@ -99,20 +147,23 @@ class BlockRunner:
             (sample,) = self._run(cell, [config], seconds)
             return self._record_parts(cell, config, sample, warm)
 
-        return self._known(cell, config, "verify", 0) or self._attempt(cell, config, "verify", 0, work)
+        return self.known(cell, config, "verify", 0) or self._attempt(cell, config, "verify", 0, work)
 
-    def _known(self, cell: Cell, config: SpecConfig, kind: str, index: int) -> Measurement | None:
+    def known(self, cell: Cell, config: SpecConfig, kind: str, index: int) -> Measurement | None:
         """What is recorded of an experiment, or why it is not made."""
         if failed := self._failed.get((cell, str(config))):
             return failed
         blank = self._blank(cell, config, kind, index)
-        known = self._database.find(blank.key)
+        known = self._find(blank)
         if known is not None and known.status == "ok":
             return known
         if larger_than := self._too_large(cell, config):
             reason = f"not measured: {larger_than} ran out of memory here, with a view and a tree that are no larger"
             return replace(blank, status="oom", reason=reason)
         return None
+
+    def _find(self, blank: Measurement) -> Measurement | None:
+        return self._database.find(blank.key, self._set.run if self._set.remeasure else None)
 
     def _too_large(self, cell: Cell, config: SpecConfig) -> str | None:
         """The configuration that failed for memory in this cell and needs no more of it than this one."""
@@ -159,12 +210,12 @@ class BlockRunner:
 
     def _record_parts(self, cell: Cell, config: SpecConfig, sample: RunSample, warm: dict[str, float]) -> Measurement:
         is_busy = 2 * sum("busy" in step.flags for step in sample.scored) > len(sample.scored)
-        env = self._env(sample.labels, is_busy)
+        blanks = {kind: self._blank(cell, config, kind, 0) for kind in PARTS}
         records = [
-            replace(self._blank(cell, config, kind, 0), summary=summary, env=env, warm=warm)
+            replace(blanks[kind], summary=summary, env=self._env(blanks[kind], sample.labels, is_busy), warm=warm)
             for kind, summary in parts_of(config, sample.scored).items()
         ]
-        self._database.append(*records)
+        self._keep(*records)
         return records[0]
 
     def _fresh(self, blank: Measurement, cell: Cell, config: SpecConfig, seconds: float) -> Measurement:
@@ -202,7 +253,7 @@ class BlockRunner:
         plain_id = measurement_id("plain of", blank.id)
         raw = self._keep_raw(blank.id, block)
         design = replace(blank.design, order=block.order)
-        shared: dict[str, Any] = {"env": self._env(block.labels, block.is_busy), "raw_sha256": raw}
+        shared: dict[str, Any] = {"env": self._env(blank, block.labels, block.is_busy), "raw_sha256": raw}
         plain = replace(
             blank, id=plain_id, config="off", fp=self._fp_of["off"], design=design,
             summary=summarize_runs(block.plain), **shared,
@@ -214,12 +265,16 @@ class BlockRunner:
         wrong = first_difference(block.plain, block.candidate) if is_comparable else None
         if wrong:
             ours = replace(ours, status="mismatch", reason=wrong)
-        self._database.append(plain, ours)
+        self._keep(plain, ours)
         return ours
 
     def _record(self, measurement: Measurement) -> Measurement:
-        self._database.append(measurement)
+        self._keep(measurement)
         return measurement
+
+    def _keep(self, *measurements: Measurement) -> None:
+        self._database.append(*measurements)
+        self.fresh |= {m.id for m in measurements}
 
     def _blank(
         self, cell: Cell, config: SpecConfig, kind: str, index: int, retry_of: str | None = None
@@ -241,6 +296,8 @@ class BlockRunner:
 
     def is_ours(self, record: Measurement) -> bool:
         """Whether a record may be pooled with those of this run: same fingerprint, workload and temperature."""
+        if self._set.remeasure and record.run != self._set.run:
+            return False
         ours = (self._set.workload, self._set.temperature)
         kind = SpecConfig.parse(record.config).drafter
         return (record.workload, record.temperature) == ours and record.fp == self._fp_of.get(kind)
@@ -251,8 +308,12 @@ class BlockRunner:
             return self._losses[record.cell, record.config] >= MAX_LOSSES
         return record.status in FINAL_FAILURES and (record.status == "mismatch" or record.run == self._set.run)
 
-    def _env(self, labels: tuple[str, ...], is_busy: bool = False) -> dict[str, Any]:
-        return {"utc": self._set.now(), "busy": is_busy, "labels": list(labels)}
+    def _env(self, blank: Measurement, labels: tuple[str, ...], is_busy: bool = False) -> dict[str, Any]:
+        num_workers, sentinel = len(self._executor.names), self.sentinels.get(blank.worker)
+        return {
+            "utc": self._set.now(), "busy": is_busy, "labels": list(labels),
+            **({"concurrency": num_workers} if num_workers > 1 else {}), **({"sentinel": sentinel} if sentinel else {}),
+        }  # fmt: skip
 
     def _keep_raw(self, identifier: str, block: Block) -> str | None:
         """Every scored round of a block, in the run's folder; the sha256 goes into the record."""

@@ -121,9 +121,12 @@ class CellSearch:
 
     def __init__(
         self, storage: optuna.storages.BaseStorage, cell: Cell, configs: Sequence[SpecConfig], priors: Sequence[SpecConfig],
-        seed: int, protocol: Protocol,
+        seed: int, protocol: Protocol, reopenings: int = 0,
     ) -> None:
-        """`priors` are raced first, in this order; those that are no candidates here are left out."""
+        """`priors` are raced first, in this order; those that are no candidates here are left out.
+
+        reopenings  how often results were taken back: values that Optuna was told stay, so each time a new study begins
+        """
         import optuna
 
         self._optuna, self._cell, self._seed, self._protocol = optuna, cell, seed, protocol
@@ -133,7 +136,7 @@ class CellSearch:
         with _no_experimental_warnings():
             pruner = optuna.pruners.WilcoxonPruner(p_threshold=PRUNE_P, n_startup_steps=PRUNE_BLOCKS)
         self._study = optuna.create_study(
-            storage=storage, study_name=f"cell/{cell}", direction="maximize", pruner=pruner, load_if_exists=True
+            storage=storage, study_name=study_name(cell, reopenings), direction="maximize", pruner=pruner, load_if_exists=True
         )
         self._fail_stale()
         if not self._study.trials:
@@ -254,6 +257,11 @@ class CellSearch:
             self._study.tell(self._study.ask(), state=state.FAIL)
         for trial in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
+
+
+def study_name(cell: Cell, reopenings: int = 0) -> str:
+    """`cell/64x4096`, then `cell/64x4096#1`."""
+    return f"cell/{cell}" + (f"#{reopenings}" if reopenings else "")
 
 
 def open_journal(path: Path) -> optuna.storages.JournalStorage:

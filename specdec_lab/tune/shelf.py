@@ -72,22 +72,31 @@ class Merged:
 def merge(*sources: Path, into: Path) -> Merged:
     """Add to the database `into` every measurement of the `sources` whose id it does not hold: set union by id.
 
-    Nothing is rewritten, lines that are not ours are counted and not copied, and merging again adds nothing.
+    Nothing is rewritten, lines that are not ours are counted and not copied, and merging again adds nothing. What is new is
+    written in one order, whatever the order of the sources and of their lines: equal measurements, equal files.
     """
     added = known = 0
     conflicts: list[str] = []
     skipped: Counter[str] = Counter()
-    for source in sources:
-        for path in sorted(source.glob("*/*.jsonl")):
-            target = into / path.relative_to(source)
-            theirs, ours = read_file(path), read_file(target) if target.exists() else None
-            have: dict[str, Measurement] = {m.id: m for m in ours.measurements} if ours else {}
-            new = [m for m in theirs.measurements if m.id not in have]
-            conflicts += [m.id for m in theirs.measurements if m.id in have and have[m.id].line() != m.line()]
-            known += len(theirs.measurements) - len(new)
-            added += len(new)
+    for name in sorted({path.relative_to(source) for source in sources for path in source.glob("*/*.jsonl")}):
+        target = into / name
+        have = {m.id: m for m in read_file(target).measurements} if target.exists() else {}
+        new: dict[str, Measurement] = {}
+        marks: dict[str, str] = {}
+        for path in (source / name for source in sources if (source / name).exists()):
+            theirs = read_file(path)
             skipped.update(theirs.skipped)
-            if new:
-                marks = {fingerprint_mark(fp): fingerprint_line(data) for fp, data in theirs.fingerprints.items()}
-                append_lines(target, [m.line() for m in new], marks)
+            marks |= {fingerprint_mark(fp): fingerprint_line(data) for fp, data in theirs.fingerprints.items()}
+            for m in theirs.measurements:
+                ours = have.get(m.id) or new.setdefault(m.id, m)
+                known += ours is not m
+                conflicts += [m.id] if ours.line() != m.line() else []
+        added += len(new)
+        if new:
+            append_lines(target, [m.line() for m in sorted(new.values(), key=_place)], dict(sorted(marks.items())))
     return Merged(added, known, tuple(conflicts), dict(skipped))
+
+
+def _place(measurement: Measurement) -> tuple[object, ...]:
+    """Where a line belongs among those that are written with it."""
+    return measurement.cell, measurement.kind, measurement.config, measurement.design.block, measurement.id

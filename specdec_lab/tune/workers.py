@@ -105,6 +105,10 @@ class Executor(ABC):
         """Let this worker measure the cell from now on, unless it has one already."""
         self._homes.setdefault(cell, worker)
 
+    def is_free_for(self, cell: Cell, worker: int) -> bool:
+        """Whether this worker may measure the cell: nobody has it, or this one does."""
+        return self._homes.get(cell, worker) == worker
+
     def home(self, cell: Cell) -> int:
         """The worker of a cell, by its place in `names`."""
         return self._homes[cell]
@@ -190,6 +194,11 @@ class Processes(Executor):
         return chosen.ask(item, self._lease.seconds(predicted_s))
 
 
+def last_words(lines: Sequence[str]) -> str:
+    """The last lines that say something, in one."""
+    return " | ".join(line.strip() for line in [line for line in lines if line.strip(" ^~")][-LAST_WORDS:])
+
+
 class _Worker:
     """A process behind a pipe, from the coordinator's side. Whatever goes wrong ends the process: the next one is fresh."""
 
@@ -262,8 +271,7 @@ class _Worker:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         self.end()
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
-        lines = [line for line in lines if line.strip(" ^~")]
-        words = " | ".join(line.strip() for line in lines[-LAST_WORDS:])
+        words = last_words(lines)
         return f"{how}: {words}" if words and code is not None and code >= 0 else how
 
     def end(self) -> None:

@@ -123,7 +123,20 @@ def _heat_section(policy: Mapping[str, Any]) -> str:
     note = (
         "<p>Blue is faster than plain decoding, red slower, measured; italic: the interval includes 1x; empty: not tuned.</p>"
     )
-    return f"{_heat_table(data, reach)}{note}{_forced_note(data.labels)}"
+    return f"{_heat_table(data, reach)}{note}{_steady_note(policy)}{_forced_note(data.labels)}"
+
+
+def _steady_note(policy: Mapping[str, Any]) -> str:
+    """What the sentinel said of the machine, cell by cell where it said anything."""
+    found = [(row["cell"], row["sentinel"]) for row in policy.get("table", ()) if row.get("sentinel")]
+    items = [
+        f"<li>{escape(cell)}: plain decoding repeated {s['repeats']} times"
+        + (f" varied by {s['cv']:.1%}" if "cv" in s else "")
+        + (f", the machine drifted by {s['drift']:.1%}" if "drift" in s else "")
+        + f"; nothing below {max(s['least_speedup'], policy['lookup']['min_speedup']):.3f}x is claimed</li>"
+        for cell, s in found
+    ]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _forced_note(labels: Iterable[str]) -> str:
