@@ -21,7 +21,7 @@ PROGRAMS_PER_SM = 8  # 2,048 threads, all that an SM holds
 
 
 @triton.jit
-def read_kernel(words, sums, num_words, share, BLOCK: tl.constexpr):
+def read_kernel(words, shares, num_words, share, BLOCK: tl.constexpr):
     """One program sums one contiguous share."""
     start = tl.program_id(0).to(tl.int64) * share
     end = tl.minimum(start + share, num_words)
@@ -29,7 +29,7 @@ def read_kernel(words, sums, num_words, share, BLOCK: tl.constexpr):
     for at in range(start, end, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
         total += tl.load(words + offsets, mask=offsets < end, other=0).to(tl.int64)
-    tl.store(sums + tl.program_id(0), tl.sum(total, 0))
+    tl.store(shares + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit

@@ -18,10 +18,11 @@ from ...records import MAX_DEPTH
 MOST_EMITTED = MAX_DEPTH + 1  # tokens of a row in one round
 CONTEXT, LIVE, LAG, DRAFTED, ACCEPTED, EMITTED, CUT, KNOWN, TOKENS = range(9)  # columns of a row's entry
 RANKS = TOKENS + MOST_EMITTED  # behind its tokens
-ENTRY = RANKS + MAX_DEPTH
+SAME = 16  # numbers: kernels are compiled anew for addresses and strides that are not multiples of 16, so all of them are
+ENTRY = -(-(RANKS + MAX_DEPTH) // SAME) * SAME
 MOST_MARKS = 2 * MAX_DEPTH + 6  # stamps of a round
 DRAFT_ATTENTION, ATTENTION = MOST_MARKS, MOST_MARKS + 1  # their nanoseconds, behind the stamps
-TIMES = MOST_MARKS + 2
+TIMES = -(-(MOST_MARKS + 2) // SAME) * SAME
 MATCHING = 2  # numbers per row that the look for n-grams adds up in
 WINDOW_OF_FULL = (0, 0)  # recent = 0: everything is visible
 
