@@ -33,8 +33,10 @@ demo: $(VENV)/.base  ## the main job on this machine: profile, tune, write a pol
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
+# The browser first and alone; then two files at a time, each on one thread: whoever tests several asks for them.
 test: $(VENV)/.dev  ## run all tests, notebooks and browser included
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/e2e --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 check: $(VENV)/.dev  ## lint and types

@@ -93,7 +93,7 @@ def compiled(kernel, signature, block, aligned, warps):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 numbers = {"num_words": "i64", "share": "i64", "BLOCK": "constexpr"}
-read = compiled(gpu.read_kernel, {"words": "*i32", "sums": "*i64", **numbers}, True, (0, 2, 3), gpu.WARPS)
+read = compiled(gpu.read_kernel, {"words": "*i32", "shares": "*i64", **numbers}, True, (0, 2, 3), gpu.WARPS)
 assert read.count("ld.global.v4.b32") == gpu.BLOCK // (4 * 32 * gpu.WARPS), read.count("ld.global")
 assert "ld.local" not in read and "st.local" not in read
 copy = compiled(gpu.copy_kernel, {"words": "*i32", "target": "*i32", "num_words": "i64", "BLOCK": "constexpr"}, True,

@@ -134,7 +134,7 @@ def test_doctor_on_a_gpu_says_how_rounds_run_and_reads_that_gpus_sensors(models,
         pair = sd.load(*models, device="cuda")
         for rounds, state, words in (
             ("auto", "ok", "one CUDA graph, triton operations"),
-            ("host", "note", f"layer by layer: {by_layer}; on the host: rounds='host' was asked for"),
+            ("host", "note", f"layer by layer: {by_layer}; not as graphs: rounds='host' was asked for"),
         ):
             found = {f.topic: f for f in doctor.examine(sd.Engine(pair, rounds=rounds), database=tmp_path).findings}
             assert (found["rounds"].state, found["rounds"].what) == (state, words)
@@ -219,13 +219,13 @@ def test_a_variant_is_what_triton_would_compile():
     from specdec_kernels.row_lse.gpu_kernels import stats_kernel
 
     def stats(logits, row):
-        stats_kernel[(1,)](logits, None, out, best, out, out, 1.0, row, 0, ASKED=0, BLOCK_K=1, V=8, BLOCK=32, num_warps=1)
+        stats_kernel[(1,)](logits, 1.0, out, out, where, row, V=8, BLOCK=32, num_warps=1)
         launch: Launch = fake.launched[-1]
         return launch.variant.signature["logits_row"], launch.is_new
 
     with machine() as fake:
         logits, out = torch.zeros(64, device="cuda"), torch.zeros(4, device="cuda")
-        best = torch.zeros(4, dtype=torch.int64, device="cuda")
+        where = torch.zeros(4, dtype=torch.int32, device="cuda")
         assert stats(logits, 48) == ("i32", True)
         assert stats(logits, 64) == ("i32", False)
         assert stats(logits[1:], 64) == ("i32", True), "not 16-byte aligned"

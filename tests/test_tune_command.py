@@ -56,7 +56,7 @@ def test_a_tuning_that_was_interrupted_is_resumed_without_its_words(monkeypatch,
 def test_a_shard_whose_budget_ends_is_partial(capsys):
     assert cli.main(["tune", "--batches", "1,2", "--lengths", "64", "--budget", "0.01s", "--cells-shard", "2/2"]) == 3
     assert "Run the same command again to go on" in capsys.readouterr().out
-    assert json.loads(Path("policy-2of2.json").read_text())["header"]["labels"] == ["partial"]
+    assert "partial" in json.loads(Path("policy-2of2.json").read_text())["header"]["labels"]
 
 
 @pytest.mark.usefixtures("here")
