@@ -63,7 +63,7 @@ notebooks: $(VENV)/.dev  ## run the notebooks again and store their outputs
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 pictures: $(VENV)/.dev  ## take the pictures of the README again, in a real browser, from the recorded run in tuning_db
-	SPECDEC_ARTEFACTS=notebooks/pictures $(BIN)/python -m pytest -q tests/e2e -k recorded
+	SPECDEC_ARTEFACTS=notebooks/pictures $(BIN)/python -m pytest tests/e2e -k recorded
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -194,4 +194,5 @@ def _sum_attention(stage: Stage, program: Program) -> None:
         draft = draft[:, : len(_drafting(stage, program).parts.layers)]
     spent = [(s[..., 1] - s[..., 0]).sum() for s in (draft, state.verify_stamps[: len(stage.target.parts.layers)])]
     assert (log.DRAFT_ATTENTION, log.ATTENTION) == (log.MOST_MARKS, log.MOST_MARKS + 1)
-    state.times[:, log.MOST_MARKS : log.ATTENTION + 1].index_copy_(0, state.number % state.log.shape[0], torch.stack(spent)[None])
+    row, columns = state.number % state.log.shape[0], state.times[:, log.MOST_MARKS : log.ATTENTION + 1]
+    columns.index_copy_(0, row, torch.stack(spent)[None])
