@@ -121,10 +121,12 @@ def test_the_stop_button_works_while_another_cell_keeps_the_kernel_busy(notebook
 
 
 def test_an_interrupt_of_a_waiting_cell_stops_the_run_and_keeps_its_data(notebook: OpenNotebook) -> None:
-    book = notebook([IMPORTS, LONG, "runs = live.wait()\nprint(runs[-1].interrupted, live.state)"])
+    waiting = "print('waiting', flush=True)\nruns = live.wait()\nprint(runs[-1].interrupted, live.state)"
+    book = notebook([IMPORTS, LONG, waiting])
     book.run_cell(0)
     book.run_cell(1)
     book.start_cell(2)
+    book.await_output(2, "waiting")  # a starred prompt may still wait for its kernel, and an idle one hears no interrupt
     book.await_view("Number(d.steps) > 20")
     book.page.locator(".jp-NotebookPanel-toolbar [data-jp-item-name='interrupt'] jp-button").click()
     book.await_output(2, "True stopped")
